@@ -1,0 +1,70 @@
+"""Everything that touches codecs: decode, mix to mono, resample, pad, encode, measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipmill.audio.convert import pad_to_seconds, resample, to_int16
+from clipmill.audio.decode import DECODERS, decode
+from clipmill.audio.encode import ENCODINGS, SUFFIXES, codec_versions, decode_bytes, encode
+from clipmill.audio.measure import measure
+
+__all__ = [
+    "DECODERS",
+    "ENCODINGS",
+    "SUFFIXES",
+    "ReadyClip",
+    "codec_versions",
+    "decode",
+    "decode_bytes",
+    "encode",
+    "measure",
+    "pad_to_seconds",
+    "prepare_clip",
+    "prepare_file",
+    "resample",
+    "to_int16",
+]
+
+
+@dataclass(frozen=True)
+class ReadyClip:
+    """A clip in the house's format: int16 mono `[samples]`, a whole number of seconds long.
+
+    `duration_s` is its length before the zeros at its end; `source_rate` (Hz) and
+    `source_channels` are what it came from.
+    """
+
+    samples: NDArray[np.int16]
+    content: int  # samples before the padding
+    duration_s: float
+    source_rate: int
+    source_channels: int
+
+
+def prepare_clip(
+    path: Path, rate: int, start_s: float | None = None, end_s: float | None = None, decoder: str = "auto"
+) -> ReadyClip:
+    """Decode a file or a stretch of it, mix to mono, resample to `rate` Hz, and pad to whole seconds.
+
+    Raises:
+        DecodeError: the clip cannot be had; carries the reason code.
+    """
+    audio = decode(path, start_s, end_s, decoder)
+    samples = to_int16(resample(audio.samples, audio.rate, rate))
+    return ReadyClip(
+        pad_to_seconds(samples, rate), len(samples), audio.duration_s, audio.rate, audio.channels
+    )
+
+
+def prepare_file(path: Path | str, rate: int) -> NDArray[np.int16]:
+    """A whole sound file as the int16 mono `[samples]` that its shard would hold.
+
+    Raises:
+        DecodeError: the file cannot be decoded; carries the reason code.
+    """
+    return prepare_clip(Path(path), rate).samples

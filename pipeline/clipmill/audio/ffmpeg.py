@@ -1,0 +1,58 @@
+"""The ffmpeg program as a decoder: isolated in a process of its own, slower, independent."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from clipmill.errors import DecodeError
+from clipmill.types import Audio
+
+TIMEOUT_S = 300.0
+
+
+@lru_cache(maxsize=1)
+def ffmpeg_program() -> str:
+    """Path of the ffmpeg binary that imageio-ffmpeg bundles (or $IMAGEIO_FFMPEG_EXE)."""
+    import imageio_ffmpeg
+
+    return str(imageio_ffmpeg.get_ffmpeg_exe())
+
+
+def decode_with_ffmpeg(path: Path, start_s: float = 0.0, end_s: float | None = None) -> Audio:
+    """Decode a stretch of a file's first audio stream in a process of its own; mono is the channels' mean.
+
+    Raises:
+        DecodeError: with reason corrupt or no-audio.
+    """
+    import ffmpeg
+
+    # Seeking to zero is not the same as not seeking: it drops the first packet of Opus and AAC.
+    seek = {"ss": start_s} if start_s else {}
+    stretch = {} if end_s is None else {"t": end_s - start_s}
+    # Explode on the first damaged packet: a clip with holes must be a row in the failures, not a clip.
+    source = ffmpeg.input(f"file:{path}", err_detect="explode", xerror=None, **seek)
+    # AU, unlike WAV, allows a stream of unknown length.
+    command = source.output(
+        "pipe:", format="au", acodec="pcm_f32be", map="0:a:0", loglevel="error", **stretch
+    )
+    arguments = [*command.compile(cmd=ffmpeg_program()), "-nostdin"]
+    try:
+        done = subprocess.run(arguments, capture_output=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise DecodeError("corrupt", f"ffmpeg did not finish within {TIMEOUT_S:g} s") from None
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+    if done.returncode:
+        reason = "no-audio" if any("matches no streams" in line for line in said) else "corrupt"
+        last = re.sub(r" @ 0x[0-9a-f]+", "", said[-1]) if said else f"ended with {done.returncode}"
+        raise DecodeError(reason, f"ffmpeg: {last}")
+    if not done.stdout:
+        return Audio(np.zeros(0, np.float32), 1, 0)
+    samples, rate = soundfile.read(io.BytesIO(done.stdout), dtype="float32", always_2d=True)
+    return Audio(samples.mean(axis=1, dtype=np.float32), rate, samples.shape[1])

@@ -1,0 +1,92 @@
+"""`pipeline inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clipmill.cli import console
+
+
+@click.command("inspect")
+@click.argument("shards")
+@console.json_option
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw spectrograms and histograms into this file.",
+)
+def command(shards: str, as_json: bool, plot: Path | None) -> None:
+    """Say what shards hold: clips, hours, durations, labels, folds, loudness, what failed and why.
+
+    SHARDS is a folder, a shard, or a brace range such as a/b-{000000..000012}.tar.
+
+    \b
+    Example:
+      pipeline inspect data/tones/shards/webdataset-flac-44100
+      pipeline inspect data/tones/shards/webdataset-flac-44100 --plot tones.png
+    """
+    from clipmill.shards.summary import summarize
+
+    said = summarize(shards)
+    if plot is not None:
+        from clipmill.report.plots import plot_shards
+
+        plot_shards(shards, plot)
+        console.say(f"drawn: {plot}")
+    if as_json:
+        console.print_json(said)
+    else:
+        _show(said)
+
+
+def _show(said: dict[str, Any]) -> None:
+    from clipmill.types import Failure
+
+    spec, counts = said["spec"], said["counts"]
+    click.echo(f"{said['name']}: {said['about'].get('title', '')}".rstrip(": "))
+    click.echo(f"  {said['folder']}")
+    click.echo(
+        f"  {said['shards']} {spec['format']} shards, {said['bytes'] / 1e6:.1f} MB, {spec['encoding']}, mono, "
+        f"{spec['sample_rate']} Hz, 16 bit"
+    )
+    click.echo(f"  root sha256 {said['root_sha256']}")
+    click.echo(
+        f"  {counts['in']} in = {counts['written']} written + {counts['failed']} failed + {counts['skipped']} skipped\n"
+    )
+    click.echo(
+        f"{said['clips']} clips, {said['hours']:.2f} hours ({said['padded_hours']:.2f} with padding), "
+        f"{said['classes']} classes, {said['groups']} groups"
+    )
+    spreads = [
+        ("duration (s)", said["duration_s"]),
+        ("loudness (LUFS)", said["loudness_lufs"]),
+        ("peak (dB)", said["peak_db"]),
+        ("RMS (dB)", said["rms_db"]),
+    ]
+    names = ["min", "q1", "median", "q3", "max", "mean"]
+    rows = [[title, *(f"{spread[n]:.2f}" for n in names)] for title, spread in spreads if spread]
+    console.print_table("", ["", *names], rows)
+    click.echo()
+    for title, tally in (
+        ("seconds after padding", said["padded_seconds"]),
+        ("splits", said["splits"]),
+        ("folds", said["folds"]),
+        ("source rates (Hz)", said["source_rates"]),
+        ("source channels", said["source_channels"]),
+    ):
+        if tally:
+            click.echo(f"{title}: " + ", ".join(f"{value}: {count}" for value, count in tally.items()))
+    click.echo()
+    labels = sorted(said["labels"].items(), key=lambda item: (-item[1], item[0]))
+    shown = labels if len(labels) <= 60 else labels[:30] + labels[-30:]
+    console.print_table("Labels", ["label", "clips"], shown)
+    if len(shown) < len(labels):
+        click.echo(f"(the 30 most and 30 least of {len(labels)}; --json has all)")
+    if said["unlabelled"]:
+        click.echo(f"{said['unlabelled']} clips have no label")
+    if said["failures"]:
+        click.echo(f"\nNot in the shards: {len(said['failures'])}")
+        console.say_losses([Failure(stage="", **row) for row in said["failures"]], print_line=click.echo)

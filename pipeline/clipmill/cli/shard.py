@@ -1,0 +1,123 @@
+"""`pipeline shard`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clipmill.cli import DONE, DONE_IN_PART, console
+
+
+@click.command("shard")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@console.root_option
+@click.option(
+    "--format",
+    type=click.Choice(["webdataset", "hdf5"]),
+    default="webdataset",
+    show_default=True,
+    help="Plain WebDataset tars, or HDF5 as PANNs lays it out.",
+)
+@click.option(
+    "--encoding",
+    type=click.Choice(["flac", "pcm16"]),
+    default=None,
+    help="How samples are kept: both are lossless 16 bit; flac is smaller, pcm16 needs no decoding.  "
+    "[default: flac in webdataset, pcm16 in hdf5]",
+)
+@click.option(
+    "--sample-rate", type=click.IntRange(1000, 384000), default=44100, show_default=True, help="Hz."
+)
+@click.option(
+    "--clips-per-shard",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Clips planned for each shard; those that fail leave it shorter.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of clips over the shards.")
+@click.option(
+    "--decoder",
+    type=click.Choice(["auto", "ffmpeg"]),
+    default="auto",
+    show_default=True,
+    help="auto decodes in process; ffmpeg runs a process of its own for each clip.",
+)
+@click.option("--keep-silent", is_flag=True, help="Keep clips of which every sample is zero.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="Folder of the shards.  [default: ROOT/NAME/shards/FORMAT-ENCODING-RATE]",
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Rebuild shards made from other clips or with other settings."
+)
+@console.jobs_option
+@console.json_option
+def command(
+    names: tuple[str, ...],
+    root: Path,
+    out: Path | None,
+    overwrite: bool,
+    jobs: int,
+    as_json: bool,
+    **fields: Any,
+) -> int:
+    """Decode, mix to mono, resample, zero-pad to whole seconds and pack clips into shards.
+
+    NAME is a dataset fetched under --root; without one, all of them are sharded. One bad
+    clip never ends the job: it becomes a row of failures.jsonl. Interrupted or killed, the
+    same command goes on: finished shards are not touched, and the bytes come out the same
+    whatever the number of jobs.
+
+    \b
+    Example:
+      pipeline shard esc10 --format webdataset --encoding flac --jobs 2
+      pipeline shard --format hdf5
+    """  # fmt: skip
+    from clipmill.errors import ConfigError, FetchError
+    from clipmill.fetch.local import fetched_names
+    from clipmill.shards.plan import DEFAULT_ENCODING, ShardSpec
+
+    spec = ShardSpec(**{**fields, "encoding": fields["encoding"] or DEFAULT_ENCODING[fields["format"]]})
+    chosen = list(names) or fetched_names(root)
+    if not chosen:
+        raise FetchError(f"nothing has been fetched under {root}: try `pipeline fetch tones --root {root}`")
+    if out is not None and len(chosen) > 1:
+        raise ConfigError(
+            f"--out is one folder, but {len(chosen)} datasets are asked for: {', '.join(chosen)}"
+        )
+    made = [_shard(name, root, out, spec, overwrite, jobs) for name in chosen]
+    if as_json:
+        console.print_json(made)
+    return DONE_IN_PART if any(m["counts"]["failed"] for m in made) else DONE
+
+
+def _shard(name: str, root: Path, out: Path | None, spec: Any, overwrite: bool, jobs: int) -> dict[str, Any]:
+    from clipmill import tables
+    from clipmill.fetch.local import load
+    from clipmill.shards.job import make_shards
+    from clipmill.types import Failure
+
+    got = load(root, name)
+    folder = out or got.folder / "shards" / spec.folder
+    with console.progress(f"shard {name}", got.manifest.num_rows, "clips") as update:
+        dataset = make_shards(
+            name, got.manifest, got.losses, got.media_root, folder, spec,
+            about=got.about, jobs=jobs, overwrite=overwrite, update=update,
+        )  # fmt: skip
+    counts = dataset["counts"]
+    size = sum(shard["bytes"] for shard in dataset["shards"])
+    console.say(
+        f"{name}: {counts['in']} in = {counts['written']} written + {counts['failed']} failed + "
+        f"{counts['skipped']} skipped; {len(dataset['shards'])} shards, {size / 1e6:.1f} MB, in {folder}"
+    )
+    rows = tables.read_jsonl(folder / "failures.jsonl")
+    console.say_losses([Failure(**row) for row in rows])
+    if rows:
+        console.say(f"  all of them: {folder / 'failures.jsonl'}")
+    console.say(f"next: pipeline inspect {folder}")
+    return {"folder": str(folder), **{k: dataset[k] for k in ("name", "counts", "root_sha256")}}

@@ -1,0 +1,82 @@
+"""The collections that clipmill knows: one file each, and this registry.
+
+A dataset is a frozen dataclass whose fields are its options (each made by `option`,
+so the CLI can offer it as a flag) and whose `prepare` finds or makes the media and
+returns the manifest. To add one: a file here, a line in `DATASETS`, a TOML of facts
+in `clipmill_manifests`, a test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from clipmill.errors import ConfigError
+from clipmill.types import Failure
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+DATASETS = {
+    "tones": "clipmill.datasets.tones:Tones",
+    "folder": "clipmill.datasets.folder:Folder",
+    "esc50": "clipmill.datasets.esc50:Esc50",
+}
+"""Name -> where its class is; imported only when asked for."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` returns: the clips wanted, where their media is, and what is already lost.
+
+    `manifest` has the columns of `clipmill.tables.MANIFEST`, sources relative to
+    `media_root`. `failures` are clips of the manifest that cannot be had, and files
+    found but never wanted (outcome "skipped"; their keys are not in the manifest).
+    """
+
+    manifest: pa.Table
+    media_root: Path
+    failures: list[Failure] = field(default_factory=list)
+
+
+class Dataset(Protocol):
+    """A collection with its options filled in."""
+
+    @property
+    def name(self) -> str:
+        """The name that the dataset's folder and shards get."""
+        ...
+
+    def prepare(self, dest: Path) -> Prepared:
+        """Find the media (or make them under `dest`) and list the clips.
+
+        Raises:
+            FetchError: nothing can be had at all.
+            ConfigError: the options contradict each other or the media.
+            TableError: a labels file is malformed.
+        """
+        ...
+
+
+def option(default: Any = dataclasses.MISSING, *, help: str, flag: str | None = None, **click: Any) -> Any:
+    """A dataclass field that the CLI offers as a flag (`--field-name` unless `flag` is given).
+
+    Without a default the flag is required. `click` goes to `click.option` as it is.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, "click": click})
+
+
+def dataset_class(name: str) -> type[Any]:
+    """The class registered under `name`.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    try:
+        module, _, attribute = DATASETS[name].partition(":")
+    except KeyError:
+        raise ConfigError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}") from None
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,1 @@
+"""Get raw media, and account for every clip: the manifest and the ledger."""

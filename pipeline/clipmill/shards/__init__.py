@@ -1,0 +1,1 @@
+"""Plan, write, index, verify and read shards of clips."""

@@ -1,0 +1,129 @@
+"""Check every byte and every count of a folder of shards against what its tables say."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipmill import tables
+from clipmill.errors import ShardError, TableError
+from clipmill.run import run_units
+from clipmill.shards.job import root_sha256
+from clipmill.shards.plan import FORMATS
+from clipmill.shards.read import Shards
+from clipmill.shards.write import read_record, record_path
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found: an empty `problems` means that all of it is sound."""
+
+    shards: int
+    clips: int
+    bytes: int
+    root_sha256: str
+    problems: list[str] = field(default_factory=list)
+
+
+def verify(
+    where: str | Path, jobs: int = 1, update: Callable[[int, str], None] = lambda done, facts: None
+) -> Verdict:
+    """Check the shards' sha256, every clip's sha256 and length, every count, and the root hash.
+
+    Raises:
+        ShardError: there are no shards, or no index.
+    """
+    shards = Shards.open(where)
+    listed = {entry["shard"]: entry for entry in shards.info["shards"]}
+    names = shards.index["shard"].to_numpy()
+    asked = sorted(listed if Path(where).is_dir() else set(names))
+    rows = _rows_by_value(names)
+    jobs_to_do = [(shards.take(rows.get(name, np.zeros(0, np.int64))), listed[name]) for name in asked]
+    problems: list[str] = []
+    for done, found in enumerate(run_units(_check_shard, jobs_to_do, jobs), 1):
+        problems += found
+        update(done, f"problems {len(problems)}")
+    if Path(where).is_dir():
+        problems += _check_account(shards, listed)
+    total = sum(listed[name]["bytes"] for name in asked)
+    return Verdict(len(asked), len(shards), total, shards.info["root_sha256"], sorted(problems))
+
+
+def _rows_by_value(values: NDArray[Any]) -> dict[str, NDArray[np.int64]]:
+    """Value -> the rows that have it."""
+    order = np.argsort(values, kind="stable")
+    found, firsts = np.unique(values[order], return_index=True)
+    return dict(zip(found.tolist(), np.split(order, firsts[1:]), strict=True)) if len(found) else {}
+
+
+def _check_shard(job: tuple[Shards, dict[str, Any]]) -> list[str]:
+    """One shard: its file, its record, and every clip that the index says it holds."""
+    part, entry = job
+    name = entry["shard"]
+    path = part.folder / name
+    if not path.exists():
+        return [f"{name}: is missing"]
+    problems = []
+    digest, size = tables.sha256_of(path)
+    if digest != entry["sha256"]:
+        problems.append(
+            f"{name}: its sha256 is not the one recorded ({size} bytes, recorded {entry['bytes']})"
+        )
+    problems += _check_record(path, entry)
+    if len(part) != entry["written"]:
+        problems.append(f"{name}: the index has {len(part)} clips of it, recorded are {entry['written']}")
+    keys, hashes = part.index["key"].to_pylist(), part.index["sha256"].to_pylist()
+    for row, (key, expected) in enumerate(zip(keys, hashes, strict=True)):
+        try:
+            samples = part.read(row)
+        except ShardError as error:
+            problems.append(f"{name}: {str(error).partition(': ')[2].partition('; `pipeline')[0]}")
+            continue
+        if hashlib.sha256(samples.tobytes()).hexdigest() != expected:
+            problems.append(f"{name}: clip {key}'s samples are not those recorded")
+        if len(samples) % part.sample_rate:
+            problems.append(f"{name}: clip {key} is no whole number of seconds long")
+    part.close()
+    return problems
+
+
+def _check_record(path: Path, entry: dict[str, Any]) -> list[str]:
+    try:
+        record = read_record(path)
+    except TableError as error:
+        return [f"{path.name}: its record cannot be read: {error}"]
+    if record is None:
+        return [f"{path.name}: has no record {record_path(path).name} that fits its size"]
+    if record.sha256 != entry["sha256"] or record.counts["written"] != entry["written"]:
+        return [f"{path.name}: its record and dataset.json disagree"]
+    return []
+
+
+def _check_account(shards: Shards, listed: dict[str, Any]) -> list[str]:
+    """The folder as a whole: extra files, duplicate keys, counts and the root hash."""
+    problems = []
+    present = {path.name for ext in FORMATS.values() for path in shards.folder.glob(f"*.{ext}")}
+    problems += [
+        f"{name}: is in the folder but not in dataset.json" for name in sorted(present - set(listed))
+    ]
+    twice = [key for key, n in Counter(shards.index["key"].to_pylist()).items() if n > 1]
+    problems += [f"key {key}: stands more than once in the index" for key in twice[:10]]
+    counts = shards.info["counts"]
+    if counts["in"] != counts["written"] + counts["failed"] + counts["skipped"]:
+        problems.append(f"dataset.json: counts do not reconcile: {counts}")
+    if counts["written"] != len(shards):
+        problems.append(f"index.parquet: has {len(shards)} clips, dataset.json says {counts['written']}")
+    failures = tables.read_jsonl(shards.folder / "failures.jsonl")
+    if len(failures) != counts["failed"] + counts["skipped"]:
+        lost = counts["failed"] + counts["skipped"]
+        problems.append(f"failures.jsonl: has {len(failures)} rows, dataset.json says {lost}")
+    if root_sha256(shards.info["shards"]) != shards.info["root_sha256"]:
+        problems.append("dataset.json: root_sha256 is not that of the shards it lists")
+    return problems

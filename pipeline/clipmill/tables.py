@@ -1,0 +1,203 @@
+"""The manifest and the index: Arrow tables kept in Parquet, with JSON Lines beside them.
+
+manifest   the clips wanted; one row a clip, written by fetch.
+index      the clips that the shards hold; one row a clip, written by shard.
+
+Tables stay columnar: AudioSet has 2.08 M rows, and a Python object for each would
+cost gigabytes. Only the worker that builds one shard turns its own rows into `Clip`s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from clipmill.errors import TableError
+from clipmill.types import NO_SPLIT, SPLITS, Clip
+
+MANIFEST = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("start_s", pa.float64()),
+        pa.field("end_s", pa.float64()),
+        pa.field("labels", pa.list_(pa.string()), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("fold", pa.int32()),
+        pa.field("group", pa.string()),
+    ]
+)
+
+INDEX = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),  # file name, in the index's own folder
+        pa.field("row", pa.int32(), nullable=False),  # position in the shard
+        pa.field("offset", pa.int64()),  # bytes from the start of the tar to the audio; null in HDF5
+        pa.field("length", pa.int64()),  # bytes of the audio; null in HDF5
+        pa.field("samples", pa.int64(), nullable=False),  # after padding: a whole number of seconds
+        pa.field("labels", pa.list_(pa.string()), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("fold", pa.int32()),
+        pa.field("group", pa.string()),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("start_s", pa.float64()),
+        pa.field("end_s", pa.float64()),
+        pa.field("sha256", pa.string(), nullable=False),  # of the int16 little-endian samples
+        pa.field("duration_s", pa.float64(), nullable=False),  # before padding
+        pa.field("source_rate", pa.int32(), nullable=False),  # Hz
+        pa.field("source_channels", pa.int32(), nullable=False),
+        pa.field("peak_db", pa.float32(), nullable=False),  # dB re full scale
+        pa.field("rms_db", pa.float32(), nullable=False),  # dB re full scale, before padding
+        pa.field("loudness_lufs", pa.float32()),  # ITU-R BS.1770; null under 0.4 s or below the gate
+    ]
+)
+
+
+@contextmanager
+def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Write a whole file or nothing: a temporary name, flushed to disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys and a last newline, atomically: equal values, equal bytes."""
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, indent=1, sort_keys=True, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        TableError: the file is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TableError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line, keys sorted, atomically."""
+    with atomic_write(path, "w") as file:
+        for row in rows:
+            file.write(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object a line.
+
+    Raises:
+        TableError: the file is missing, unreadable, or a line is not JSON.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    except (OSError, ValueError) as error:
+        raise TableError(f"{path}: cannot be read as JSON Lines: {error}") from error
+
+
+def sha256_of(path: Path) -> tuple[str, int]:
+    """A file's sha256 as hex, and its size in bytes, flushed to disk first."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest(), file.tell()
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table as Parquet, atomically."""
+    with atomic_write(path) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Read a Parquet table that has at least the columns of `schema`.
+
+    Raises:
+        TableError: the file is missing, not Parquet, or lacks columns.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise TableError(f"{path}: cannot be read as a Parquet table: {error}") from error
+    lacking = [name for name in schema.names if name not in table.column_names]
+    if lacking:
+        raise TableError(
+            f"{path}: lacks the columns {', '.join(lacking)}; it has {', '.join(table.column_names)}"
+        )
+    return table.select(schema.names).cast(schema)
+
+
+def manifest_table(columns: dict[str, Any]) -> pa.Table:
+    """Build and check a manifest from columns (lists or Arrow arrays); absent ones are filled.
+
+    `key`, `source` and `labels` are needed. The rows are sorted by key, so that equal
+    clips give equal manifests whatever order they were found in.
+
+    Raises:
+        TableError: a key stands twice or is no valid key, or a split is unknown.
+    """
+    rows = len(columns["key"])
+    filled = {
+        field.name: columns[field.name]
+        if field.name in columns
+        else pa.array([NO_SPLIT] * rows)
+        if field.name == "split"
+        else pa.nulls(rows, field.type)
+        for field in MANIFEST
+    }
+    table = pa.table(filled, schema=MANIFEST).sort_by("key")
+    check_manifest(table)
+    return table
+
+
+def check_manifest(table: pa.Table) -> None:
+    """Raise TableError unless every key is valid and unique and every split is known."""
+    keys = table["key"]
+    bad = table.filter(pc.invert(pc.match_substring_regex(keys, "^[A-Za-z0-9_-]{1,90}$")))
+    if bad.num_rows:
+        raise TableError(
+            f"key {bad['key'][0].as_py()!r} of {bad['source'][0].as_py()!r} is no valid key: "
+            "1 to 90 letters, digits, '_' and '-' (dots would end the key in a WebDataset)"
+        )
+    counts = pc.value_counts(keys)
+    if len(counts) != table.num_rows:
+        twice = [c["values"].as_py() for c in counts if c["counts"].as_py() > 1][:3]
+        raise TableError(f"keys that stand more than once: {', '.join(twice)}")
+    unknown = set(pc.unique(table["split"]).to_pylist()) - set(SPLITS)
+    if unknown:
+        raise TableError(f"unknown split {sorted(map(str, unknown))[0]!r}; allowed: {', '.join(SPLITS)}")
+
+
+def clips(table: pa.Table) -> list[Clip]:
+    """The rows of a (small) manifest slice as `Clip`s."""
+    return [Clip(**{**row, "labels": tuple(row["labels"])}) for row in table.to_pylist()]
+
+
+def in_order(failures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of failures by key, then source: the order they are written in, whoever lost them first."""
+    return sorted(failures, key=lambda row: (row["key"], row["source"]))

@@ -1,0 +1,99 @@
+"""The nouns that travel between the stages, as frozen dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+NO_SPLIT = "all"
+"""The split of a clip whose dataset has none (ESC-50 has folds instead)."""
+
+SPLITS = ("train", "valid", "eval", NO_SPLIT)
+"""Every value a clip's split may have."""
+
+REASONS = {
+    "missing": "the source is not there",
+    "unreadable": "the source is there but the system refuses to read it",
+    "not-audio": "the source is a text, picture or archive, and was never meant as audio",
+    "ambiguous": "the labels name a file that stands in several places",
+    "bad-name": "the file's name is not valid UTF-8, so no table can hold it",
+    "empty": "the source decodes to no samples",
+    "no-audio": "the source holds no audio stream",
+    "corrupt": "the source does not decode, or stops decoding part-way",
+    "too-short": "the source ends before the clip begins",
+    "silent": "every sample of the clip is zero",
+}
+"""Why a clip is not in the shards: reason code -> what it means."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A labelled stretch of a source; one row of the manifest.
+
+    `source` is relative to the dataset's media root. `start_s`/`end_s` are in seconds
+    from the start of the source; None means from its beginning / to its end.
+    """
+
+    key: str
+    source: str
+    labels: tuple[str, ...]
+    start_s: float | None = None
+    end_s: float | None = None
+    split: str = NO_SPLIT
+    fold: int | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Audio:
+    """Decoded sound, mixed to mono: float32 `[samples]` in -1..1 (lossy peaks may pass 1).
+
+    `rate` is in Hz; `channels` is how many the source has (the most, where that changes part-way).
+    """
+
+    samples: NDArray[np.float32]
+    rate: int
+    channels: int
+
+    @property
+    def duration_s(self) -> float:
+        """Length in seconds."""
+        return float(len(self.samples) / self.rate)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One clip that a stage could not carry on.
+
+    `outcome` is "failed" (it was tried) or "skipped" (it was never tried: not there,
+    not audio, or already lost in an earlier stage).
+    """
+
+    key: str
+    source: str
+    stage: str
+    outcome: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """What `<shard>.json` says of one finished shard.
+
+    `unit` is the hash of everything that decides the shard's bytes; `index` holds the
+    index rows as columns; `counts` reconcile: clips = written + failed.
+    """
+
+    shard: str
+    unit: str
+    spec: dict[str, Any]
+    sha256: str
+    size: int
+    counts: dict[str, int]
+    index: dict[str, list[Any]]
+    failures: list[dict[str, Any]]

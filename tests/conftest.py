@@ -1,0 +1,111 @@
+"""What the tests share: real small collections, the command as a user runs it, and where real clips lie."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("CLIPMILL_SHARED_DATA", REPO.parent / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, and say why."""
+    import torch
+
+    for item in items:
+        if "shared_data" in item.keywords and not (SHARED / "esc10").is_dir():
+            item.add_marker(pytest.mark.skip(reason=f"needs the real clips, and {SHARED} is not there"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+def pipeline(
+    *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """Run the command in a process of its own, as a user would; output as text."""
+    command = [sys.executable, "-m", "clipmill", *map(str, arguments)]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        timeout=280,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., subprocess.CompletedProcess]:
+    return pipeline
+
+
+def sound(seconds: float, rate: int, channels: int = 1, seed: int = 0, level: float = 0.3) -> np.ndarray:
+    """A chord over noise, float64 `[samples]` or `[samples, channels]`: something that every codec changes a little."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(round(seconds * rate)) / rate
+    tones = sum(np.sin(2 * np.pi * f * time + rng.uniform(0, 6)) for f in rng.uniform(100, 0.3 * rate, 4)) / 4
+    mono = level * (0.9 * tones + 0.1 * rng.standard_normal(len(time)))
+    if channels == 1:
+        return mono
+    return np.stack([mono * gain for gain in np.linspace(1.0, 0.4, channels)], axis=1)
+
+
+@pytest.fixture(scope="session")
+def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 24 clips in three classes, several formats and rates, two of them beyond saving."""
+    root = tmp_path_factory.mktemp("collection")
+    kinds = [
+        ("wav", 44100, 1, "PCM_16"),
+        ("flac", 48000, 2, "PCM_24"),
+        ("ogg", 22050, 1, "VORBIS"),
+        ("wav", 8000, 6, "FLOAT"),
+    ]
+    for number in range(24):
+        suffix, rate, channels, subtype = kinds[number % len(kinds)]
+        path = root / ("bell", "drum", "horn")[number % 3] / f"take {number:02d}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        if number == 5:
+            path.write_bytes(b"RIFF\xff\xff\xff\xffWAVEjunk" + bytes(range(256)) * 8)
+        elif number == 11:
+            path.write_bytes(b"")
+        else:
+            soundfile.write(path, sound(0.4 + 0.17 * number, rate, channels, seed=number), rate, subtype)
+    return root
+
+
+@pytest.fixture(scope="session")
+def fetched(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with the collection fetched as `small`."""
+    from clipmill.datasets.folder import Folder
+    from clipmill.fetch.local import fetch
+
+    root = tmp_path_factory.mktemp("root")
+    fetch("folder", Folder(name="small", from_dir=collection), root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def make(fetched: Path) -> Callable[..., dict]:
+    """Shard the small collection in this process: `make(out, jobs=1, **spec)` returns dataset.json's contents."""
+    from clipmill.fetch.local import load
+    from clipmill.shards.job import make_shards
+    from clipmill.shards.plan import ShardSpec
+
+    def shard(out: Path, jobs: int = 1, overwrite: bool = False, **spec: object) -> dict:
+        got = load(fetched, "small")
+        settings = ShardSpec(**{"clips_per_shard": 5, **spec})  # type: ignore[arg-type]
+        return make_shards(
+            "small", got.manifest, got.losses, got.media_root, out, settings,
+            about=got.about, jobs=jobs, overwrite=overwrite,
+        )  # fmt: skip
+
+    return shard
