@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import soundfile
@@ -22,6 +21,7 @@ from clipmill.audio import (
     resample,
     to_int16,
 )
+from clipmill.audio.media import encode_media
 from clipmill.errors import ConfigError, DecodeError
 from conftest import SHARED, sound
 
@@ -32,23 +32,10 @@ def snr_db(reference: np.ndarray, other: np.ndarray) -> float:
     return 10 * np.log10(float((reference**2).sum()) / max(noise, 1e-30))
 
 
-def write_with_av(path: Path, codec: str, rate: int, samples: np.ndarray, layout: str) -> None:
-    """Encode float `[samples, channels]` by one of FFmpeg's encoders."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, layout=layout)
-        step = 960
-        for first in range(0, len(samples), step):
-            block = np.ascontiguousarray(samples[first : first + step].T.astype(np.float32))
-            frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=layout)
-            frame.sample_rate, frame.pts = rate, first
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
 @pytest.fixture
 def opus(tmp_path: Path) -> Path:
     path = tmp_path / "x.webm"
-    write_with_av(path, "libopus", 48000, sound(6, 48000, 2), "stereo")
+    path.write_bytes(encode_media(sound(6, 48000, 2).T.astype(np.float32), 48000, "webm", "libopus"))
     return path
 
 
@@ -68,7 +55,7 @@ def test_in_process_decoding_agrees_with_the_ffmpeg_program(tmp_path, suffix, su
 
 def test_opus_in_webm_and_aac_in_m4a_decode_like_ffmpeg_does(tmp_path, opus):
     m4a = tmp_path / "x.m4a"
-    write_with_av(m4a, "aac", 44100, sound(3, 44100, 2), "stereo")
+    m4a.write_bytes(encode_media(sound(3, 44100, 2).T.astype(np.float32), 44100, "ipod", "aac"))
     for path in (opus, m4a):
         ours, oracle = decode(path), decode(path, decoder="ffmpeg")
         assert len(ours.samples) == len(oracle.samples)

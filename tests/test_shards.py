@@ -28,6 +28,7 @@ from clipmill.errors import ConfigError, ShardError
 from clipmill.shards.plan import ShardSpec, plan
 from clipmill.shards.read import Shards
 from clipmill.shards.verify import verify
+from conftest import REPO
 
 
 def manifest(clips: int, splits: tuple[str, ...] = ("all",)):
@@ -304,3 +305,19 @@ def test_killed_at_any_moment_and_run_again_the_bytes_are_the_same_and_finished_
     assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 3
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
     assert tree(out) == tree(tmp_path / "undisturbed")
+
+
+def test_the_root_hash_is_what_sha256sum_gives(make, tmp_path):
+    root = make(tmp_path)["root_sha256"]
+    command = "sha256sum *.tar | sha256sum"
+    said = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
+    assert said.split()[0] == root
+
+
+def test_the_example_of_reading_runs(make, tmp_path):
+    make(tmp_path)
+    command = [sys.executable, REPO / "examples/read_shards.py", tmp_path]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "8 of 22 clips are bell" in said

@@ -19,7 +19,10 @@ def keys_for(sources: Sequence[str], starts: Sequence[float | None] | None = Non
     """
     starts = starts or [None] * len(sources)
     places = sorted(set(zip(sources, starts, strict=True)), key=lambda place: (place[0], place[1] or 0.0))
-    keys = {place: _slug(place[0]) + ("" if place[1] is None else f"_{round(place[1] * 1000)}") for place in places}
+    keys = {
+        place: _slug(place[0]) + ("" if place[1] is None else f"_{round(place[1] * 1000)}")
+        for place in places
+    }
     seen = Counter(key.lower() for key in keys.values())
     for place, key in keys.items():
         if seen[key.lower()] > 1 or len(key) > _LONGEST or not key.strip("_-"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterable
 from contextlib import closing
@@ -23,14 +24,20 @@ CREATE TABLE IF NOT EXISTS outcomes (
 
 
 class Ledger:
-    """The outcomes of one dataset's fetch, in `ledger.sqlite`."""
+    """The outcomes of one dataset's fetch, in `ledger.sqlite`; to be read, or else by its one owner written."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, write: bool = False) -> None:
         self._path = path
         try:
-            self._base = sqlite3.connect(path)
-            self._base.execute("PRAGMA journal_mode=WAL")
-            self._base.execute(_TABLE)
+            if write:
+                self._base = sqlite3.connect(path)
+                self._base.execute("PRAGMA journal_mode=WAL")
+                self._base.execute(_TABLE)
+            else:
+                # Datasets are shared on disks that their readers may not write, where WAL cannot be opened otherwise.
+                immutable = "" if os.access(path.parent, os.W_OK) else "&immutable=1"
+                self._base = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{immutable}", uri=True)
+                self._base.execute("SELECT 1 FROM outcomes LIMIT 1")
         except sqlite3.Error as error:
             raise TableError(f"{path}: cannot be opened as a ledger: {error}") from error
 

@@ -54,8 +54,10 @@ def fetch(kind: str, dataset: Dataset, root: Path) -> Fetched:
     prepared = dataset.prepare(folder)
     lost = pa.array([f.key for f in prepared.failures if f.key], pa.string())
     had = prepared.manifest.filter(pc.invert(pc.is_in(prepared.manifest["key"], lost)))
+    # fetch.json comes last, and what it vouches for must never be half old and half new.
+    (folder / FETCH_FILE).unlink(missing_ok=True)
     tables.write_table(folder / MANIFEST_FILE, prepared.manifest)
-    with Ledger(folder / LEDGER_FILE) as ledger:
+    with Ledger(folder / LEDGER_FILE, write=True) as ledger:
         ledger.replace(zip(had["key"].to_pylist(), had["source"].to_pylist(), strict=True), prepared.failures)
     about = {k: v for k, v in facts(kind).items() if isinstance(v, str)}
     options = {f.name: _plain(getattr(dataset, f.name)) for f in fields(dataset)}  # type: ignore[arg-type]
@@ -73,11 +75,11 @@ def fetch(kind: str, dataset: Dataset, root: Path) -> Fetched:
     return load(root, name)
 
 
-def load(root: Path, name: str) -> Fetched:
+def load(root: Path, name: str, *, need_media: bool = True) -> Fetched:
     """A dataset that was fetched under `root`.
 
     Raises:
-        FetchError: it was not, or its media are gone.
+        FetchError: it was not; or, with `need_media`, its media are gone.
         TableError: its tables are damaged.
     """
     folder = root / name
@@ -88,7 +90,7 @@ def load(root: Path, name: str) -> Fetched:
         )
     said = tables.read_json(folder / FETCH_FILE)
     media_root = Path(said["media_root"])
-    if not media_root.is_dir():
+    if need_media and not media_root.is_dir():
         raise FetchError(
             f"{name}: its media folder {media_root} is not there any more; fetch it again with its new place"
         )

@@ -34,7 +34,8 @@ def plot_shards(where: str | Path, path: Path, seed: int = 0) -> None:
     if path.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
         raise ConfigError(f"--plot {path}: allowed endings are .png, .pdf, .svg and .jpg")
     figure = plt.figure(figsize=(16, 11), layout="constrained")
-    upper, lower = np.ravel(figure.subfigures(2, 1, height_ratios=[3, 2]))
+    panels: Any = figure.subfigures(2, 1, height_ratios=[3, 2])
+    upper, lower = panels
     upper.suptitle(f"{shards.name}: {len(shards)} clips in {shards.folder}", fontsize=13, color=_INK)
     axes = upper.subplots(3, 4).ravel()
     for axis in axes:

@@ -23,6 +23,7 @@ def summarize(where: str | Path) -> dict[str, Any]:
     """
     shards = Shards.open(where)
     index, info = shards.index, shards.info
+    names = set(pc.unique(index["shard"]).to_pylist())
     failures = tables.read_jsonl(shards.folder / "failures.jsonl")
     labels = Counter(pc.list_flatten(index["labels"]).to_pylist())
     unlabelled = pc.sum(pc.equal(pc.list_value_length(index["labels"]), 0)).as_py() or 0
@@ -34,8 +35,8 @@ def summarize(where: str | Path) -> dict[str, Any]:
         "spec": info["spec"],
         "root_sha256": info["root_sha256"],
         "counts": info["counts"],
-        "shards": len(pc.unique(index["shard"])),
-        "bytes": sum(entry["bytes"] for entry in info["shards"]),
+        "shards": len(names),
+        "bytes": sum(entry["bytes"] for entry in info["shards"] if entry["shard"] in names),
         "clips": len(shards),
         "hours": float(pc.sum(index["duration_s"]).as_py() or 0.0) / 3600,
         "padded_hours": float(padded_s.sum()) / 3600,

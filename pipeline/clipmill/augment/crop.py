@@ -1,0 +1,34 @@
+"""Temporal cropping (journal paper, 4.1): a random window of every clip."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipmill.augment.draw import integers_upto
+
+
+def crop(wave: Tensor, lengths: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    """A window of `samples` from a random place inside each clip.
+
+    Every place where the window fits is as likely. A clip shorter than the window starts
+    at its beginning and ends in zeros.
+
+    Args:
+        wave: `[B, S]`, int16 or floating point; what lies past a clip's length is ignored.
+        lengths: `[B]` int64, samples of each clip, at most S.
+        samples: length of the window, in samples.
+        generator: on the device of `wave`; one draw a clip.
+
+    Returns:
+        `[B, samples]` of the dtype of `wave`.
+    """
+    starts = integers_upto((lengths - samples).clamp(min=0), generator)
+    places = starts[:, None] + torch.arange(samples, device=wave.device)
+    windows = wave.gather(1, places.clamp(max=wave.shape[1] - 1))
+    return windows.masked_fill(places >= lengths[:, None], 0)
+
+
+def to_float(pcm: Tensor) -> Tensor:
+    """int16 samples as float32 in -1..1: divided by 32768, exactly. Any shape."""
+    return pcm.to(torch.float32) / 32768.0

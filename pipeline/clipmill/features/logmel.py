@@ -1,0 +1,169 @@
+"""The log-mel spectrogram of ERANN: 128 frames a second at any sample rate."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchaudio.transforms import MelSpectrogram
+
+from clipmill.errors import FeatureError
+
+FRAMES_PER_S = 128
+"""Frames of every second of audio; a power of two, so that a network's strides divide it."""
+
+
+@dataclass(frozen=True)
+class LogMelSettings:
+    """All that determines a log-mel's numbers. What is left None follows from `sample_rate`.
+
+    Attributes:
+        sample_rate: of the waveform, in Hz.
+        n_fft: samples of the Fourier transform; by default `win_length`.
+        win_length: samples of the Hann window; by default 4 hops, an overlap of 0.75.
+        hop: samples from frame to frame; can only be `sample_rate / 128`, rounded up.
+        f_min: lower edge of the lowest mel filter, in Hz.
+        f_max: upper edge of the highest one, in Hz; capped at half the sample rate, and
+            kept here as capped.
+        n_mels: number of mel filters.
+        mel_scale: "slaney" or "htk".
+        mel_norm: "slaney" for filters of equal area, None for filters of equal height.
+        floor: power below which values are cut off, so that silence is finite.
+    """
+
+    # Slaney's scale, as librosa and PANNs have it. The window's bins lie 32 Hz apart at every rate, and
+    # with 128 filters the HTK scale leaves some without any bin: 1 at 16 kHz, 4 at 8 kHz; Slaney's none.
+    sample_rate: int = 44100
+    n_fft: int | None = None
+    win_length: int | None = None
+    hop: int | None = None
+    f_min: float = 50.0
+    f_max: float = 14000.0
+    n_mels: int = 128
+    mel_scale: str = "slaney"
+    mel_norm: str | None = "slaney"
+    floor: float = 1e-10
+
+    def resolved(self) -> LogMelSettings:
+        """The same with nothing left None and `f_max` capped; raises `FeatureError` where they cannot be."""
+        rate = self.sample_rate
+        if rate < FRAMES_PER_S:
+            raise FeatureError(f"sample_rate is {rate} Hz: allowed is {FRAMES_PER_S} Hz and more")
+        hop = -(-rate // FRAMES_PER_S)
+        if self.hop not in (None, hop):
+            raise FeatureError(f"hop is {self.hop}: {FRAMES_PER_S} frames a second at {rate} Hz need {hop}")
+        win_length = 4 * hop if self.win_length is None else self.win_length
+        n_fft = win_length if self.n_fft is None else self.n_fft
+        if not 2 <= win_length <= n_fft <= rate:
+            raise FeatureError(
+                f"win_length is {win_length} and n_fft {n_fft}: allowed is 2 <= win_length <= n_fft <= {rate}"
+            )
+        f_max = min(float(self.f_max), rate / 2)
+        if not 0 <= self.f_min < f_max:
+            raise FeatureError(f"f_min is {self.f_min} Hz: allowed is 0 up to f_max, which is {f_max} Hz")
+        if self.n_mels < 1 or not self.floor > 0:
+            raise FeatureError(f"n_mels is {self.n_mels} and floor {self.floor}: both must be above 0")
+        if self.mel_scale not in ("slaney", "htk") or self.mel_norm not in ("slaney", None):
+            raise FeatureError(
+                f"mel_scale is {self.mel_scale!r} and mel_norm {self.mel_norm!r}: "
+                "allowed are 'slaney' or 'htk', and 'slaney' or None"
+            )
+        return LogMelSettings(
+            rate, n_fft, win_length, hop, float(self.f_min), f_max, self.n_mels,
+            self.mel_scale, self.mel_norm, self.floor,
+        )  # fmt: skip
+
+
+class LogMel(nn.Module):
+    """Log-mel spectrogram in dB (journal paper, 3.1): `[B, samples] -> [B, n_mels, 128 * seconds]`.
+
+    Seconds are whole: the waveform's end is padded with zeros to the next one. A hop
+    rounded up runs a little slow (345 samples at 44.1 kHz are 127.8 frames a second), so
+    long clips are padded by the few hops that are missing: none up to 5 s at 44.1 kHz,
+    one at 10 s. Frames are centred on their samples, so the last one may look past the
+    end, where the waveform is mirrored.
+
+    Takes the fields of `LogMelSettings` as keywords; `LogMel(**other.config)` computes the
+    same numbers as `other`. Computes in float32 under autocast too.
+
+    Raises:
+        FeatureError: settings that cannot be; a filter that would catch no bin of the
+            Fourier transform.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.settings = _settings(settings)
+        with warnings.catch_warnings():
+            # torchaudio warns of empty filters; here they are an error.
+            warnings.filterwarnings("ignore", message="At least one mel filterbank")
+            self.mel = MelSpectrogram(
+                sample_rate=self.settings.sample_rate,
+                n_fft=self.settings.n_fft,
+                win_length=self.settings.win_length,
+                hop_length=self.settings.hop,
+                f_min=self.settings.f_min,
+                f_max=self.settings.f_max,
+                n_mels=self.settings.n_mels,
+                power=2.0,
+                norm=self.settings.mel_norm,
+                mel_scale=self.settings.mel_scale,
+            )
+        empty = int((self.mel.mel_scale.fb.amax(0) == 0).sum())
+        if empty:
+            raise FeatureError(
+                f"{empty} of {self.settings.n_mels} mel filters catch no bin of n_fft {self.settings.n_fft} "
+                f"at {self.settings.sample_rate} Hz: allowed is a larger n_fft, fewer n_mels or a higher rate"
+            )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All that determines the numbers, as plain JSON values; restore with `LogMel(**config)`."""
+        return asdict(self.settings)
+
+    def seconds(self, samples: int) -> int:
+        """Whole seconds that a waveform of `samples` is padded to."""
+        return -(-samples // self.settings.sample_rate)
+
+    def frames(self, samples: int) -> int:
+        """Frames that a waveform of `samples` gives: 128 times its whole seconds."""
+        return FRAMES_PER_S * self.seconds(samples)
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """Log-mel of `wave` `[B, samples]` (floating point, -1..1): float32 dB `[B, n_mels, frames]`.
+
+        Raises:
+            FeatureError: another shape, no samples, or integer samples.
+        """
+        if wave.ndim != 2 or wave.shape[1] == 0 or not wave.is_floating_point():
+            raise FeatureError(
+                f"a waveform is {wave.dtype} of shape {tuple(wave.shape)}: "
+                "allowed is floating point in -1..1 of shape [batch, samples]"
+            )
+        hop = self.settings.hop
+        assert hop is not None
+        frames = self.frames(wave.shape[1])
+        # A centred transform gives floor(samples / hop) + 1 frames.
+        samples = max(self.seconds(wave.shape[1]) * self.settings.sample_rate, (frames - 1) * hop)
+        with torch.autocast(wave.device.type, enabled=False):
+            padded = functional.pad(wave.float(), (0, samples - wave.shape[1]))
+            power = self.mel(padded)[..., :frames]
+            # The mel filters leave time as the slowest axis in memory; the networks read along time.
+            return 10.0 * torch.log10(power.clamp(min=self.settings.floor)).contiguous()
+
+
+def _settings(given: dict[str, Any]) -> LogMelSettings:
+    """The resolved settings of keywords; raises `FeatureError` naming a keyword that is none."""
+    allowed = LogMelSettings.__dataclass_fields__
+    unknown = sorted(set(given) - set(allowed))
+    if unknown:
+        raise FeatureError(f"LogMel has no setting {', '.join(unknown)}: allowed are {', '.join(allowed)}")
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FeatureError(f"{name} is {value}: allowed is a finite number")
+    return LogMelSettings(**given).resolved()
