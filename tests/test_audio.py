@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,64 @@ def broken(tmp_path: Path, kind: str) -> Path:
     elif kind == "not-finite":
         soundfile.write(path, np.array([0.0, np.nan, np.inf]), 44100, "FLOAT")
     return path
+
+
+@pytest.mark.parametrize("suffix", ["wav", "aiff", "flac", "mp3", "webm", "m4a"])
+def test_a_file_that_is_cut_in_half_is_corrupt_and_never_half_a_clip(tmp_path, suffix):
+    whole, half = tmp_path / f"whole.{suffix}", tmp_path / f"half.{suffix}"
+    wave = sound(6, 48000)
+    if suffix in ("webm", "m4a"):
+        container, codec = {"webm": ("webm", "libopus"), "m4a": ("ipod", "aac")}[suffix]
+        whole.write_bytes(encode_media(wave[None].astype(np.float32), 48000, container, codec))
+    else:
+        soundfile.write(whole, wave, 48000)
+    assert decode(whole).duration_s == pytest.approx(6.0, abs=0.06)
+    half.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(DecodeError) as caught:
+        decode(half)
+    assert caught.value.reason == "corrupt"
+
+
+def test_a_flac_with_a_hole_is_corrupt(tmp_path):
+    path = tmp_path / "x.flac"
+    soundfile.write(path, sound(6, 44100), 44100)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 3000] = bytes(3000)
+    path.write_bytes(data)
+    with pytest.raises(DecodeError):
+        decode(path)
+
+
+def test_a_wav_written_to_a_pipe_whose_sizes_were_never_known_is_whole(tmp_path):
+    path = tmp_path / "x.wav"
+    soundfile.write(path, sound(1, 8000), 8000)
+    data = bytearray(path.read_bytes())
+    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"
+    path.write_bytes(data)
+    assert decode(path).duration_s == 1.0
+
+
+@pytest.mark.parametrize("rate", [1, 7, 2_000_000_000])
+def test_a_header_whose_rate_no_sound_has_is_corrupt_and_costs_no_memory(tmp_path, rate):
+    path = tmp_path / "x.wav"
+    soundfile.write(path, sound(1, 8000), 8000)
+    data = bytearray(path.read_bytes())
+    data[24:28] = rate.to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(DecodeError, match=f"says its rate is {rate} Hz"):
+        decode(path)
+
+
+def test_samples_that_overflow_when_resampled_are_corrupt(tmp_path):
+    soundfile.write(tmp_path / "x.wav", np.where(np.arange(22050) % 7, 3e38, -3e38), 22050, "FLOAT")
+    with pytest.raises(DecodeError, match="too large"):
+        prepare_clip(tmp_path / "x.wav", 44100)
+
+
+def test_a_pipe_is_no_file_and_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "x.wav")
+    with pytest.raises(DecodeError, match="no regular file"):
+        decode(tmp_path / "x.wav")
 
 
 @pytest.mark.parametrize(("kind", "reason"), [

@@ -38,7 +38,7 @@ def prepare(root: Path, table: str | None = None, **options: object):
 
 
 def rows(prepared) -> list[dict]:
-    return prepared.manifest.to_pylist()
+    return prepared.manifest.drop_columns("bytes").to_pylist()
 
 
 @pytest.fixture
@@ -95,6 +95,46 @@ def test_files_are_found_by_their_last_part_where_just_one_has_it(media):
     assert [(f.key, f.reason) for f in prepared.failures] == [("2", "ambiguous")]
 
 
+def test_a_path_that_is_not_there_is_never_another_file_of_that_name(media):
+    prepared = prepare(put(media, "cat/001.wav"), "filename,label\ndog/001.wav,dog\ncat/001.wav,cat\n")
+    assert [(f.key, f.reason) for f in prepared.failures] == [("dog_001", "missing")]
+
+
+def test_several_spellings_of_a_file_are_one_clip(media):
+    put(media, "a.wav")
+    names = ["a.wav", "./a.wav", "../media/a.wav", str(media / "a.wav")]
+    prepared = prepare(media, "filename,label\n" + "".join(f"{name},l{n}\n" for n, name in enumerate(names)))
+    assert [(r["source"], r["labels"]) for r in rows(prepared)] == [("a.wav", ["l0", "l1", "l2", "l3"])]
+
+
+def test_two_stretches_of_one_start_are_two_clips(media):
+    table = "filename,label,a,b\n1.wav,dog,0,0.1\n1.wav,dog,0,0.2\n"
+    found = rows(prepare(put(media, "1.wav"), table, start_column="a", end_column="b"))
+    assert len({row["key"] for row in found}) == 2
+
+
+def test_semicolons_separate_columns_too_and_blank_lines_are_none(media):
+    assert rows(prepare(put(media, "1.wav"), "filename;label\n1.wav;dog\n  \n"))[0]["labels"] == ["dog"]
+
+
+def test_stray_files_do_not_turn_splits_into_labels(media):
+    put(media, "train/dog/1.wav", "test/cat/2.wav")
+    (media / "Thumbs.db").write_bytes(b"\0\1")
+    assert {(r["split"], *r["labels"]) for r in rows(prepare(media))} == {
+        ("eval", "cat"),
+        ("train", "dog"),
+        ("all",),
+    }
+
+
+def test_pipes_do_not_hang_and_datasets_of_our_own_are_not_media(media):
+    put(media, "dog/1.wav", "mine/dog/9.wav")
+    (media / "mine/fetch.json").write_text("{}")
+    os.mkfifo(media / "fifo")
+    (media / "dog/x").symlink_to("../fifo")
+    assert [r["source"] for r in rows(prepare(media))] == ["dog/1.wav"]
+
+
 def test_a_csv_that_names_a_missing_file_loses_that_clip_with_a_reason(media):
     prepared = prepare(put(media, "1.wav"), "filename,label\n1.wav,dog\ngone.wav,cat\n")
     assert len(rows(prepared)) == 2
@@ -146,17 +186,20 @@ def test_links_that_go_round_are_followed_once(media):
 @pytest.mark.parametrize(("table", "options", "error", "said"), [
     ("filename,label\n1.wav,dog,3\n", {}, TableError, r"line 2: found 3 cells .* expected 2"),
     ("filename,label\n1.wav\n", {}, TableError, r"line 2: found 1 cells"),
-    ("filename,label,f\n1.wav,dog,one\n", {"fold_column": "f"}, TableError, r"line 2: found 'one' in 'f', expected a whole"),
+    ("filename,label,f\n1.wav,dog,one\n", {"fold_column": "f"}, TableError, r"line 2: found 'one' in 'f', expected a whole number from 0 up"),
     ("filename,label,s\n1.wav,dog,holdout\n", {"split_column": "s"}, TableError, r"found split 'holdout', expected one of"),
     ("filename,label,t\n1.wav,dog,soon\n", {"start_column": "t"}, TableError, r"found 'soon' in 't', expected a number"),
     ("filename,label,a,b\n1.wav,dog,3,1\n", {"start_column": "a", "end_column": "b"}, TableError, r"expected 0 <= start"),
-    ("filename,label,f\n1.wav,dog,1\n1.wav,cat,2\n", {"fold_column": "f"}, TableError, r"line 3: '1.wav' stands in line 2"),
+    ("filename,label,f\n1.wav,dog,1\n1.wav,cat,2\n", {"fold_column": "f"}, TableError, r"line 3 of the labels: '1.wav' stands in line 2"),
     ('filename,label\n1.wav,"dog\n', {}, TableError, r"line 2: unexpected end of data"),
+    ("filename,label,f\n1.wav,dog,-1\n", {"fold_column": "f"}, TableError, "expected a whole number from 0 up"),
+    ("filename,label,t\n1.wav,dog,nan\n", {"start_column": "t"}, TableError, "expected a number of seconds"),
+    ("filename,label,label\n1.wav,dog,cat\n", {}, TableError, "has 2 columns 'label'"),
     ("filename,label\n", {}, TableError, "has no rows"),
     ("filename,label\n,dog\n", {}, TableError, "found no file name"),
-    ("filename,what\n1.wav,dog\n", {}, ConfigError, "has no column 'label'; name the one of labels by --label-column"),
+    ("filename,what\n1.wav,dog\n", {}, ConfigError, "has no column 'label' for --label-column; it has filename, what"),
     ("file,label\n1.wav,dog\n", {}, ConfigError, r"no column 'filename' for --file-column; it has file, label"),
-    ("filename,label\nno.wav,dog\n", {}, FetchError, "holds none of the 1 files .* check --from and --file-column"),
+    ("filename,label\nno.wav,dog\n", {}, FetchError, "holds none of the 1 files .* check --from and the column of file names"),
 ])  # fmt: skip
 def test_a_table_that_is_wrong_is_refused_with_line_found_and_expected(media, table, options, error, said):
     with pytest.raises(error, match=said):
@@ -190,10 +233,12 @@ def test_column_flags_without_a_table_are_refused(media):
 
 @given(st.lists(NAMES, min_size=1, max_size=30, unique=True))
 def test_keys_are_valid_unique_even_without_case_and_independent_of_order(names):
-    keys = keys_for(names)
+    keys = keys_for([(name, None, None) for name in names])
     assert all(key.isascii() and "." not in key and 0 < len(key) <= 90 for key in keys)
     assert len({key.lower() for key in keys}) == len(names)
-    assert dict(zip(names, keys, strict=True)) == dict(zip(names[::-1], keys_for(names[::-1]), strict=True))
+    assert dict(zip(names, keys, strict=True)) == dict(
+        zip(names[::-1], keys_for([(name, None, None) for name in names[::-1]]), strict=True)
+    )
 
 
 def test_text_is_told_from_bytes_even_where_the_head_that_is_read_cuts_a_character(tmp_path):

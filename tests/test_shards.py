@@ -16,6 +16,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 import webdataset
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 
 from clipmill import tables
 from clipmill.audio import prepare_file
-from clipmill.errors import ConfigError, ShardError
+from clipmill.errors import ConfigError, ShardError, TableError
 from clipmill.shards.plan import ShardSpec, plan
 from clipmill.shards.read import Shards
 from clipmill.shards.verify import verify
@@ -76,6 +77,7 @@ def test_the_order_of_clips_is_a_seeded_shuffle_that_no_version_may_change():
 
 @pytest.mark.parametrize("settings_", [
     {"format": "tfrecord"}, {"encoding": "mp3"}, {"sample_rate": 10}, {"clips_per_shard": 0}, {"decoder": "sox"},
+    {"seed": -1}, {"sample_rate": 70001},
 ])  # fmt: skip
 def test_a_spec_that_cannot_be_is_refused(settings_):
     with pytest.raises(ConfigError):
@@ -209,6 +211,55 @@ def test_other_settings_in_the_same_folder_are_refused_by_name_until_overwritten
     assert verify(tmp_path).problems == []
 
 
+def test_overwriting_never_touches_what_is_none_of_ours(make, tmp_path):
+    (tmp_path / "backup.tar").write_bytes(b"precious")
+    with pytest.raises(ShardError, match=r"backup\.tar: is no shard of small; move it away"):
+        make(tmp_path, overwrite=True)
+    assert (tmp_path / "backup.tar").read_bytes() == b"precious"
+
+
+def test_overwriting_mends_a_damaged_shard(make, tmp_path):
+    root = make(tmp_path)["root_sha256"]
+    damage(tmp_path, "flipped byte")
+    assert verify(tmp_path).problems
+    assert make(tmp_path, overwrite=True)["root_sha256"] == root
+    assert verify(tmp_path).problems == []
+
+
+def test_a_source_that_was_mended_is_taken_up_after_another_fetch(tmp_path):
+    from clipmill.datasets.folder import Folder
+    from clipmill.fetch.local import fetch
+    from clipmill.shards.job import make_shards
+
+    def shard(**options: object) -> dict:
+        got = fetch("folder", Folder(name="s", from_dir=tmp_path / "media"), tmp_path)
+        return make_shards(
+            "s", got.manifest, got.losses, got.media_root, tmp_path / "s", ShardSpec(), **options
+        )
+
+    (tmp_path / "media/x").mkdir(parents=True)
+    soundfile.write(tmp_path / "media/x/1.wav", np.full(1000, 0.1), 8000)
+    (tmp_path / "media/x/2.wav").write_bytes(b"")
+    assert shard()["counts"]["reasons"] == {"empty": 1}
+    soundfile.write(tmp_path / "media/x/2.wav", np.full(1000, 0.1), 8000)
+    with pytest.raises(ShardError, match="other clips"):
+        shard()
+    assert shard(overwrite=True)["counts"]["written"] == 2
+
+
+def test_two_runs_do_not_write_to_one_folder(make, tmp_path):
+    with tables.locked(tmp_path), pytest.raises(TableError, match="another run is writing there"):
+        make(tmp_path)
+    make(tmp_path)
+
+
+def test_planning_is_quick_because_no_unit_carries_the_whole_table():
+    import pickle
+
+    unit = plan("x", manifest(5000), [], Path("m"), Path("o"), ShardSpec(clips_per_shard=10))[0]
+    assert len(pickle.dumps(unit)) < 10_000
+
+
 def test_silent_clips_fail_unless_kept(tmp_path):
     from clipmill.datasets.folder import Folder
     from clipmill.fetch.local import fetch
@@ -240,6 +291,12 @@ def damage(folder: Path, kind: str) -> None:
         tar.unlink()
     elif kind == "extra shard":
         (folder / "small-all-000077.tar").write_bytes(data)
+    elif kind == "labels changed in the index":
+        index = tables.read_table(folder / "index.parquet", tables.INDEX)
+        labels = pa.array([["bell"]] * index.num_rows, tables.INDEX.field("labels").type)
+        tables.write_table(
+            folder / "index.parquet", index.set_column(6, tables.INDEX.field("labels"), labels)
+        )
     elif kind == "missing record":
         tar.with_suffix(".json").unlink()
     elif kind == "index that disagrees":
@@ -264,6 +321,7 @@ def damage(folder: Path, kind: str) -> None:
     ("missing record", "small-all-000001.tar: has no record"),
     ("index that disagrees", "clips of it, recorded are"),
     ("duplicate key", "stands more than once in the index"),
+    ("labels changed in the index", "the index and its record disagree on what it holds"),
     ("failures that do not add up", "failures.jsonl: has 0 rows, dataset.json says 2"),
     ("counts that do not add up", "dataset.json: counts do not reconcile"),
 ])  # fmt: skip

@@ -9,6 +9,7 @@ cost gigabytes. Only the worker that builds one shard turns its own rows into `C
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ MANIFEST = pa.schema(
         pa.field("split", pa.string(), nullable=False),
         pa.field("fold", pa.int32()),
         pa.field("group", pa.string()),
+        pa.field("bytes", pa.int64()),  # size of the source when it was fetched
     ]
 )
 
@@ -64,6 +66,30 @@ INDEX = pa.schema(
 
 
 @contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for one writer, until the process ends at the latest.
+
+    Raises:
+        TableError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise TableError(
+            f"{folder}: another run is writing there; wait for it, or write somewhere else"
+        ) from None
+    except OSError:
+        pass  # some network file systems have no locks; what is written is still whole or not there
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Write a whole file or nothing: a temporary name, flushed to disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,16 +112,20 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+def read_json(path: Path, *needed: str) -> Any:
+    """Read a JSON file; with `needed`, one that is an object with these fields.
 
     Raises:
-        TableError: the file is missing, unreadable or not JSON.
+        TableError: the file is missing, unreadable, not JSON, or lacks a field.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TableError(f"{path}: cannot be read as JSON: {error}") from error
+    lacking = [name for name in needed if not isinstance(value, dict) or name not in value]
+    if lacking:
+        raise TableError(f"{path}: is damaged: it lacks {', '.join(lacking)}")
+    return value
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -113,9 +143,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+            rows = [json.loads(line) for line in file]
     except (OSError, ValueError) as error:
         raise TableError(f"{path}: cannot be read as JSON Lines: {error}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise TableError(f"{path}: cannot be read: every line must be a JSON object")
+    return rows
 
 
 def sha256_of(path: Path) -> tuple[str, int]:

@@ -17,15 +17,15 @@ SPLITS = ("train", "valid", "eval", NO_SPLIT)
 
 REASONS = {
     "missing": "the source is not there",
-    "unreadable": "the source is there but the system refuses to read it",
-    "not-audio": "the source is a text, picture or archive, and was never meant as audio",
+    "unreadable": "the source is there but cannot be read, or is no regular file",
+    "not-audio": "the source is plain text, and was never meant as audio",
     "ambiguous": "the labels name a file that stands in several places",
     "bad-name": "the file's name is not valid UTF-8, so no table can hold it",
     "empty": "the source decodes to no samples",
     "no-audio": "the source holds no audio stream",
-    "corrupt": "the source does not decode, or stops decoding part-way",
+    "corrupt": "the source does not decode, stops part-way, or ends before the length it states",
     "too-short": "the source ends before the clip begins",
-    "silent": "every sample of the clip is zero",
+    "silent": "no sample of the clip reaches the last of 16 bits",
 }
 """Why a clip is not in the shards: reason code -> what it means."""
 
@@ -35,7 +35,8 @@ class Clip:
     """A labelled stretch of a source; one row of the manifest.
 
     `source` is relative to the dataset's media root. `start_s`/`end_s` are in seconds
-    from the start of the source; None means from its beginning / to its end.
+    from the start of the source; None means from its beginning / to its end. `bytes` is the
+    source's size when it was fetched: another size is another source.
     """
 
     key: str
@@ -46,6 +47,7 @@ class Clip:
     split: str = NO_SPLIT
     fold: int | None = None
     group: str | None = None
+    bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

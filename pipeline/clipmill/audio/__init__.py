@@ -12,6 +12,7 @@ from clipmill.audio.convert import pad_to_seconds, resample, to_int16
 from clipmill.audio.decode import DECODERS, decode
 from clipmill.audio.encode import ENCODINGS, SUFFIXES, codec_versions, decode_bytes, encode
 from clipmill.audio.measure import measure
+from clipmill.errors import DecodeError
 
 __all__ = [
     "DECODERS",
@@ -55,7 +56,10 @@ def prepare_clip(
         DecodeError: the clip cannot be had; carries the reason code.
     """
     audio = decode(path, start_s, end_s, decoder)
-    samples = to_int16(resample(audio.samples, audio.rate, rate))
+    resampled = resample(audio.samples, audio.rate, rate)
+    if not np.isfinite(resampled).all():
+        raise DecodeError("corrupt", "its samples are too large for any sound, and overflow when resampled")
+    samples = to_int16(resampled)
     return ReadyClip(
         pad_to_seconds(samples, rate), len(samples), audio.duration_s, audio.rate, audio.channels
     )

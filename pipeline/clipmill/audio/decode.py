@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from clipmill.audio.chunks import missing_frames
 from clipmill.audio.ffmpeg import decode_with_ffmpeg
 from clipmill.errors import ConfigError, DecodeError
 from clipmill.types import Audio
@@ -29,6 +32,10 @@ if TYPE_CHECKING:
 DECODERS = ("auto", "ffmpeg")
 """auto: in process. ffmpeg: one process of the ffmpeg program for each clip, isolated and slower."""
 
+MIN_RATE, MAX_RATE = 1_000, 1_000_000
+"""Sample rates in Hz that a source may say it has; another is a header that lies."""
+
+_ABSURD = 1 << 40  # frames: no header that promises more is believed
 _BLOCK = 1 << 16  # frames read at once
 _PREROLL_S = 1.0  # lossy codecs need some packets before a cut to be exact after it
 _PACKET = 4096  # frames in the longest packet of the codecs in use
@@ -61,6 +68,10 @@ def decode(
         if start_s:
             raise DecodeError("too-short", f"the source ends before {start_s:g} s")
         raise DecodeError("empty", "decodes to no samples")
+    if not MIN_RATE <= audio.rate <= MAX_RATE:
+        raise DecodeError(
+            "corrupt", f"says its rate is {audio.rate} Hz; allowed are {MIN_RATE} to {MAX_RATE}"
+        )
     if not np.isfinite(audio.samples).all():
         raise DecodeError("corrupt", "decodes to samples that are no finite numbers")
     return audio
@@ -68,6 +79,8 @@ def decode(
 
 def _check_readable(path: Path) -> None:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            raise DecodeError("unreadable", "is no regular file")
         with open(path, "rb") as file:
             empty = not file.read(1)
     except FileNotFoundError:
@@ -79,9 +92,14 @@ def _check_readable(path: Path) -> None:
 
 
 def _in_process(path: Path, start_s: float, end_s: float | None) -> Audio:
-    """libsndfile, then PyAV where libsndfile fails or its result is in doubt."""
+    """libsndfile, then PyAV where libsndfile fails or its result is in doubt.
+
+    Raises:
+        DecodeError: also where both find less than a length that the file states reliably:
+            half a clip is not the clip that its label speaks of.
+    """
     try:
-        audio, doubtful = _decode_soundfile(path, start_s, end_s)
+        audio, doubt = _decode_soundfile(path, start_s, end_s)
     except (soundfile.SoundFileError, RuntimeError) as error:
         refusal = _one_line(error, path)
         try:
@@ -90,17 +108,41 @@ def _in_process(path: Path, start_s: float, end_s: float | None) -> Audio:
             if second.reason != "corrupt":
                 raise
             raise DecodeError("corrupt", f"libsndfile: {refusal}; FFmpeg: {second}") from second
-    if doubtful:
+    if doubt.any:
         try:
             other = _decode_av(path, start_s, end_s)
         except DecodeError:
-            return audio
-        return other if other.duration_s > audio.duration_s else audio
+            if doubt.damaged:
+                raise
+        else:
+            audio = other if other.duration_s > audio.duration_s else audio
+        _check_whole(audio.duration_s, doubt.promised_s)
     return audio
 
 
-def _decode_soundfile(path: Path, start_s: float, end_s: float | None) -> tuple[Audio, bool]:
-    """Decode by libsndfile; the second result says whether the header and the stream disagree."""
+def _check_whole(found_s: float, promised_s: float | None) -> None:
+    """Raise DecodeError where much less was found than a reliable statement of the length promised."""
+    if promised_s is not None and promised_s - found_s > max(0.1, 0.02 * promised_s):
+        raise DecodeError(
+            "corrupt", f"is cut short: {promised_s:.2f} s are promised, {found_s:.2f} s are there"
+        )
+
+
+@dataclass(frozen=True)
+class _Doubt:
+    """What makes a result of libsndfile doubtful.
+
+    `damaged`: fewer samples came than its header says, from a codec that says it exactly.
+    `promised_s`: the length that should have come, where the file states it reliably.
+    """
+
+    any: bool = False
+    damaged: bool = False
+    promised_s: float | None = None
+
+
+def _decode_soundfile(path: Path, start_s: float, end_s: float | None) -> tuple[Audio, _Doubt]:
+    """Decode by libsndfile, and say whether the header and the stream disagree."""
     with (
         _silenced_stderr(),
         open(path, "rb") as raw,
@@ -110,7 +152,7 @@ def _decode_soundfile(path: Path, start_s: float, end_s: float | None) -> tuple[
         first = round(start_s * rate)
         wanted = None if end_s is None else max(round(end_s * rate) - first, 0)
         if first and (first >= promised or not file.seekable()):
-            return _decode_av(path, start_s, end_s), False
+            return _decode_av(path, start_s, end_s), _Doubt()
         if first:
             file.seek(first)
         blocks: list[NDArray[np.float32]] = []
@@ -124,11 +166,34 @@ def _decode_soundfile(path: Path, start_s: float, end_s: float | None) -> tuple[
             read += len(block)
             blocks.append(_mean_of_channels(block.T))
         left = os.fstat(raw.fileno()).st_size - os.lseek(raw.fileno(), 0, os.SEEK_CUR)
-        slack = _MP3_SLACK if file.format == "MP3" else 0
-    to_the_end = wanted is None or read < wanted
-    unread = left > _UNREAD_BYTES.get(file.format, _UNREAD_BYTES_ELSE)
-    doubtful = to_the_end and (abs(promised - first - read) > slack or unread)
-    return Audio(_joined(blocks), rate, channels), doubtful
+        form = file.format
+    samples = _joined(blocks)
+    if wanted is not None and read >= wanted:  # all that was asked for is there
+        return Audio(samples, rate, channels), _Doubt()
+    slack = _MP3_SLACK if form == "MP3" else 0
+    unread = left > _UNREAD_BYTES.get(form, _UNREAD_BYTES_ELSE)
+    short = promised - first - read
+    promise = _reliable_promise(path, form, promised)
+    promised_s = None if promise is None or wanted is not None else (promise - first) / rate
+    doubtful = abs(short) > slack or unread or (promised_s is not None and promised_s * rate - read > slack)
+    return Audio(samples, rate, channels), _Doubt(doubtful, form == "FLAC" and short > 0, promised_s)
+
+
+def _reliable_promise(path: Path, form: str, promised: int) -> int | None:
+    """Frames that a file states in a way to be trusted, or None.
+
+    Not an MP3's without a Xing header (an estimate from its first frame), nor an absurd
+    one; and of WAV and AIFF the chunk's own size, for libsndfile hides what is cut off.
+    """
+    if form in ("WAV", "WAVEX", "AIFF"):
+        return promised + missing_frames(path)
+    if form == "FLAC":
+        return promised if promised < _ABSURD else None
+    if form == "MP3":
+        with open(path, "rb") as file:
+            head = file.read(1 << 16)
+        return promised if b"Xing" in head or b"Info" in head else None
+    return None
 
 
 def _decode_av(path: Path, start_s: float, end_s: float | None) -> Audio:
@@ -185,12 +250,19 @@ def _read_stream(
         raise DecodeError("corrupt", f"after {at_s or 0.0:.2f} s: {_one_line(error, path)}") from error
     parts.append((rate, _joined(blocks)))
     samples = _at_one_rate(parts)
+    if container.duration and len(container.streams) == 1 and end_s is None and _states_its_length(container):
+        _check_whole(at_s or 0.0, container.duration / av.time_base)
     if at_s is not None and "mp4" in container.format.name and stream.duration and stream.time_base:
         # MP4 states the length exactly: what is left of the last packet is the encoder's padding, not sound.
         surplus = round((at_s - float(stream.duration * stream.time_base)) * rate)
         if 0 < surplus < _PACKET and (end_s is None or at_s < end_s):
             samples = samples[: max(len(samples) - surplus, 0)]
     return Audio(samples, parts[0][0] or 1, channels)
+
+
+def _states_its_length(container: av.container.InputContainer) -> bool:
+    """Whether the container's duration is stated by its header and not estimated from its size."""
+    return any(name in container.format.name for name in ("matroska", "webm", "mp4"))
 
 
 def _time_of(frame: av.AudioFrame, stream: av.AudioStream) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from importlib.metadata import version
 
 import numpy as np
@@ -53,7 +54,7 @@ def decode_bytes(data: bytes) -> tuple[NDArray[np.int16], int]:
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="int16")
     except (soundfile.SoundFileError, RuntimeError) as error:
-        raise DecodeError("corrupt", str(error)) from error
+        raise DecodeError("corrupt", re.sub(r"^Error opening <.*?>: ", "", str(error))) from error
     return samples, rate
 
 

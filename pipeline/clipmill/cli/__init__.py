@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from importlib import import_module
 
@@ -57,6 +58,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and end the process with one of the documented exit codes."""
+    # What a scheduler sends before it kills ends a command as Ctrl-C does, its workers with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = cli.main(standalone_mode=False)
         sys.stdout.flush()
@@ -74,14 +77,16 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
-            raise
-        click.echo(f"error: {error.filename or 'output'}: {error.strerror}{_hint(error.errno)}", err=True)
+        click.echo(
+            f"error: {error.filename or 'output'}: {error.strerror or error}{_hint(error.errno)}", err=True
+        )
         code = FAILED
     sys.exit(code if isinstance(code, int) else DONE)
 
 
-def _hint(code: int) -> str:
+def _hint(code: int | None) -> str:
     if code in (errno.ENOSPC, errno.EDQUOT):
         return "; free some space and run the same command again: what is finished stays finished"
-    return "; choose another place with --root or --out, or mend its permissions"
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "; choose another place with --root or --out, or mend its permissions"
+    return ""

@@ -50,6 +50,24 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(function)
 
 
+def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The --device flag."""
+    return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")(
+        function
+    )
+
+
+def weights_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The --weights flag."""
+    return click.option(
+        "--weights",
+        type=click.Choice(["best", "last"]),
+        default="best",
+        show_default=True,
+        help="The averaged weights of the best evaluation, or of the last step.",
+    )(function)
+
+
 def say(text: str = "") -> None:
     """Print a line for a person; to stderr, so that stdout stays for results."""
     click.echo(text, err=True)

@@ -58,16 +58,16 @@ def _subcommand(kind: str, dataset: type[Any]) -> click.Command:
     hints = get_type_hints(dataset)
     params: list[click.Parameter] = []
     for field in dataclasses.fields(dataset):
-        required = field.default is dataclasses.MISSING
         settings = dict(field.metadata["click"])
         choices = settings.pop("choices", None)
+        if field.default is dataclasses.MISSING:
+            settings["required"] = True
+        else:
+            settings |= {"default": field.default, "show_default": field.default is not None}
         params.append(
             click.Option(
                 [field.metadata["flag"] or "--" + field.name.replace("_", "-"), field.name],
                 type=click.Choice(choices) if choices else _click_type(hints[field.name]),
-                required=required,
-                default=None if required else field.default,
-                show_default=not required and field.default is not None,
                 help=field.metadata["help"],
                 **settings,
             )
@@ -92,18 +92,20 @@ def _click_type(hint: Any) -> click.ParamType:
 
 
 def _fetch(kind: str, dataset: Any, root: Path) -> int:
+    import pyarrow.compute as pc
+
     from clipmill.fetch.local import fetch
 
     got = fetch(kind, dataset, root)
     counts = got.counts
-    labels = {label for labels in got.manifest["labels"].to_pylist() for label in labels}
+    labels = got.manifest["labels"]
+    unlabelled = pc.sum(pc.equal(pc.list_value_length(labels), 0)).as_py()
     total = sum(counts.values())
     console.say(
         f"{got.name}: {total} in = {counts['had']} had + {counts['failed']} failed + {counts['skipped']} skipped; "
-        f"{len(labels)} classes; media in {got.media_root}"
+        f"{pc.count_distinct(pc.list_flatten(labels)).as_py()} classes; media in {got.media_root}"
     )
     console.say_losses(got.losses)
-    unlabelled = sum(1 for labels in got.manifest["labels"].to_pylist() if not labels)
     if unlabelled:
         console.say(f"  note: {unlabelled} clips have no label")
     console.say(f"next: pipeline shard {got.name} --root {root}")

@@ -52,9 +52,11 @@ def _show(said: dict[str, Any]) -> None:
         f"  {said['shards']} {spec['format']} shards, {said['bytes'] / 1e6:.1f} MB, {spec['encoding']}, mono, "
         f"{spec['sample_rate']} Hz, 16 bit"
     )
-    click.echo(f"  root sha256 {said['root_sha256']}")
+    of = "" if said["whole"] else "of the whole dataset: "
+    click.echo(f"  {of}root sha256 {said['root_sha256']}")
     click.echo(
-        f"  {counts['in']} in = {counts['written']} written + {counts['failed']} failed + {counts['skipped']} skipped\n"
+        f"  {of}{counts['in']} in = {counts['written']} written + {counts['failed']} failed + "
+        f"{counts['skipped']} skipped\n"
     )
     click.echo(
         f"{said['clips']} clips, {said['hours']:.2f} hours ({said['padded_hours']:.2f} with padding), "
@@ -68,8 +70,9 @@ def _show(said: dict[str, Any]) -> None:
     ]
     names = ["min", "q1", "median", "q3", "max", "mean"]
     rows = [[title, *(f"{spread[n]:.2f}" for n in names)] for title, spread in spreads if spread]
-    console.print_table("", ["", *names], rows)
-    click.echo()
+    if rows:
+        console.print_table("", ["", *names], rows)
+        click.echo()
     for title, tally in (
         ("seconds after padding", said["padded_seconds"]),
         ("splits", said["splits"]),
@@ -87,6 +90,6 @@ def _show(said: dict[str, Any]) -> None:
         click.echo(f"(the 30 most and 30 least of {len(labels)}; --json has all)")
     if said["unlabelled"]:
         click.echo(f"{said['unlabelled']} clips have no label")
-    if said["failures"]:
+    if said["failures"] and said["whole"]:
         click.echo(f"\nNot in the shards: {len(said['failures'])}")
         console.say_losses([Failure(stage="", **row) for row in said["failures"]], print_line=click.echo)

@@ -32,12 +32,18 @@ from clipmill.cli import DONE, DONE_IN_PART, console
 )
 @click.option(
     "--clips-per-shard",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 1_000_000),
     default=256,
     show_default=True,
     help="Clips planned for each shard; those that fail leave it shorter.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of clips over the shards.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of the order of clips over the shards.",
+)
 @click.option(
     "--decoder",
     type=click.Choice(["auto", "ffmpeg"]),
@@ -52,9 +58,7 @@ from clipmill.cli import DONE, DONE_IN_PART, console
     default=None,
     help="Folder of the shards.  [default: ROOT/NAME/shards/FORMAT-ENCODING-RATE]",
 )
-@click.option(
-    "--overwrite", is_flag=True, help="Rebuild shards made from other clips or with other settings."
-)
+@click.option("--overwrite", is_flag=True, help="Build all shards anew, whatever is there.")
 @console.jobs_option
 @console.json_option
 def command(
@@ -104,7 +108,7 @@ def _shard(name: str, root: Path, out: Path | None, spec: Any, overwrite: bool, 
 
     got = load(root, name)
     folder = out or got.folder / "shards" / spec.folder
-    with console.progress(f"shard {name}", got.manifest.num_rows, "clips") as update:
+    with console.progress(f"shard {name}", got.counts["had"], "clips") as update:
         dataset = make_shards(
             name, got.manifest, got.losses, got.media_root, folder, spec,
             about=got.about, jobs=jobs, overwrite=overwrite, update=update,

@@ -26,7 +26,7 @@ def command(shards: str, jobs: int, as_json: bool) -> int:
     from clipmill.shards.read import Shards
     from clipmill.shards.verify import verify
 
-    total = len(Shards.open(shards).info["shards"])
+    total = len(Shards.open(shards).files)
     with console.progress("verify", total, "shards") as update:
         verdict = verify(shards, jobs, update)
     if as_json:
@@ -36,6 +36,9 @@ def command(shards: str, jobs: int, as_json: bool) -> int:
             click.echo(f"problem: {problem}")
         click.echo(
             f"{'UNSOUND' if verdict.problems else 'sound'}: {verdict.shards} shards, {verdict.clips} clips, "
-            f"{verdict.bytes / 1e6:.1f} MB, {len(verdict.problems)} problems; root sha256 {verdict.root_sha256}"
+            f"{verdict.bytes / 1e6:.1f} MB, {len(verdict.problems)} problems"
+            + (f"; root sha256 {verdict.root_sha256}" if verdict.root_sha256 else "")
         )
+        if verdict.problems:
+            console.say("to mend: `pipeline shard` with --overwrite builds the shards anew from the media")
     return FAILED if verdict.problems else DONE

@@ -42,9 +42,9 @@ RECORDERS = tuple(
         ("WAV", "PCM_U8", 8_000, 1),
         ("WAVEX", "PCM_24", 48_000, 6),
         ("WAV", "FLOAT", 22_050, 2),
-        ("WAV", "PCM_16", 8_000, 1),
+        ("WAV", "PCM_16", 22_050, 1),
         ("WAV", "PCM_24", 96_000, 2),
-        ("WAV", "PCM_16", 11_025, 2),
+        ("WAV", "PCM_16", 16_000, 2),
         ("WAV", "PCM_24", 48_000, 2),
         ("WAV", "FLOAT", 88_200, 1),
         ("FLAC", "PCM_16", 44_100, 2),
@@ -108,10 +108,13 @@ def spread(mono: NDArray[np.float32], recorder: Recorder, rng: np.random.Generat
     gains[rng.integers(recorder.channels)] = 1.0
     if recorder.channels == 6:
         gains[3] = 0.1  # the low-frequency channel of 5.1 carries next to nothing
+    samples = gains[:, None] * mono
     if recorder.encoding == "PCM_U8":
-        # Eight bits hold a sound only near full scale: at -30 dBFS it would be eight steps high.
-        gains *= 0.7 / np.max(np.abs(mono))
-    return (gains[:, None] * mono).astype(np.float32)
+        # Eight bits hold a sound only near full scale (at -30 dBFS it would be eight steps high), and
+        # without a step of the converter's own noise its quiet parts would be pure digital zero.
+        samples *= 0.7 / np.max(np.abs(samples))
+        samples += rng.standard_normal(samples.shape) / 128
+    return samples.astype(np.float32)
 
 
 def write(samples: NDArray[np.float32], recorder: Recorder) -> bytes:

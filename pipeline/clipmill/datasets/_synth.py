@@ -59,11 +59,6 @@ def _coloured(samples: int, rate: int, slope_db: float, rng: np.random.Generator
     return np.asarray(noise / max(1e-12, np.sqrt(np.mean(noise**2))), np.float64)
 
 
-def _glide(hz: Wave, rate: int, rng: np.random.Generator) -> Wave:
-    """A sine whose momentary frequency is `hz`, without a break of phase."""
-    return np.sin(2 * np.pi * (np.cumsum(hz) / rate + rng.random()))
-
-
 def _sine(voice: Voice, time_s: Wave, rate: int, rng: np.random.Generator) -> Wave:
     return np.sin(2 * np.pi * (voice.pitch_hz * time_s + rng.random()))
 
@@ -81,9 +76,9 @@ def _saw(voice: Voice, time_s: Wave, rate: int, rng: np.random.Generator) -> Wav
 def _chord(voice: Voice, time_s: Wave, rate: int, rng: np.random.Generator) -> Wave:
     third = 16 if voice.character > 0.5 else 15
     # An open chord: notes a third apart would be one line to a window of 31 ms.
-    notes_hz = voice.pitch_hz * 2 ** (np.array([0, 7, third, 24]) / 12)
+    notes_hz = voice.pitch_hz * 2 ** (np.array([0, 7, third, 24, 31]) / 12)
     notes = [np.sin(2 * np.pi * (hz * time_s + rng.random())) for hz in notes_hz]
-    return np.asarray(rng.uniform(0.6, 1.0, 4) @ np.stack(notes))
+    return np.asarray(rng.uniform(0.6, 1.0, len(notes)) @ np.stack(notes))
 
 
 def _noise(voice: Voice, time_s: Wave, rate: int, rng: np.random.Generator) -> Wave:
@@ -101,19 +96,23 @@ def _sweep(voice: Voice, time_s: Wave, rate: int, rng: np.random.Generator) -> W
     height = (time_s * voice.motion_hz + rng.random()) % 1.0
     if voice.label == "sweep-down":
         height = 1.0 - height
-    return _glide(voice.pitch_hz * 2 ** (height * (1.5 + 0.7 * voice.character)), rate, rng)
+    hz = voice.pitch_hz * 2 ** (height * (1.5 + 0.7 * voice.character))
+    turns = np.cumsum(hz) / rate + rng.random()
+    # The second harmonic falls silent where a low sample rate would fold it back.
+    return np.sin(2 * np.pi * turns) + 0.6 * np.sin(4 * np.pi * turns) * (2 * hz < 0.45 * rate)
 
 
 def _tremolo(voice: Voice, time_s: Wave, rate: int, rng: np.random.Generator) -> Wave:
     swing = np.cos(2 * np.pi * (voice.motion_hz * time_s + rng.random()))
     # Clipped, so that it is fully off and fully on for a while in each turn, whatever the analysis window.
     gain = np.clip(0.5 + (1.0 + voice.character) * swing, 0.0, 1.0)
-    return _cycle(_partials(voice.pitch_hz, rate) ** -0.8, voice.pitch_hz, time_s, rng) * gain
+    return _cycle(_partials(voice.pitch_hz, rate) ** -0.6, voice.pitch_hz, time_s, rng) * gain
 
 
 def _vibrato(voice: Voice, time_s: Wave, rate: int, rng: np.random.Generator) -> Wave:
     swing = np.sin(2 * np.pi * (voice.motion_hz * time_s + rng.random()))
-    return _glide(voice.pitch_hz * 2 ** (swing * (3.0 + 3.0 * voice.character) / 12), rate, rng)
+    hz = voice.pitch_hz * 2 ** (swing * (2.0 + 1.5 * voice.character) / 12)
+    return np.sin(2 * np.pi * (np.cumsum(hz) / rate + rng.random()))
 
 
 # Label -> the maker, the range of pitches in Hz, the range of motions in Hz. The ranges overlap on purpose.
@@ -124,9 +123,9 @@ _SOUNDS: dict[str, tuple[Sound, tuple[float, float], tuple[float, float]]] = {
     "saw": (_saw, (130, 200), (1, 1)),
     "sine": (_sine, (500, 1000), (1, 1)),
     "square": (_square, (220, 400), (1, 1)),
-    "sweep-down": (_sweep, (300, 500), (3, 6)),
-    "sweep-up": (_sweep, (300, 500), (3, 6)),
-    "tremolo": (_tremolo, (250, 450), (8, 13)),
+    "sweep-down": (_sweep, (280, 460), (3, 6)),
+    "sweep-up": (_sweep, (280, 460), (3, 6)),
+    "tremolo": (_tremolo, (250, 450), (5, 9)),
     "vibrato": (_vibrato, (600, 1200), (6, 10)),
 }
 
@@ -155,7 +154,7 @@ def render(voice: Voice, seconds: float, rate: int, rng: np.random.Generator) ->
 
     Returns:
         float32 `[round(seconds * rate)]`, its peak between -30 and -3 dBFS, the signal
-        20 to 40 dB above the noise.
+        25 to 45 dB above the noise.
     """
     voice = replace(
         voice,
@@ -165,7 +164,7 @@ def render(voice: Voice, seconds: float, rate: int, rng: np.random.Generator) ->
     time_s = np.arange(round(seconds * rate)) / rate
     signal = _SOUNDS[voice.label][0](voice, time_s, rate, rng)
     signal *= _envelope(time_s, rng) / np.sqrt(np.mean(signal**2))
-    signal += _coloured(len(time_s), rate, rng.uniform(0.0, 6.0), rng) * 10 ** (-rng.uniform(20.0, 40.0) / 20)
+    signal += _coloured(len(time_s), rate, rng.uniform(0.0, 6.0), rng) * 10 ** (-rng.uniform(25.0, 45.0) / 20)
     level = 10 ** (rng.uniform(-30.0, -3.0) / 20)
     return (signal * (level / np.max(np.abs(signal)))).astype(np.float32)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from clipmill import tables
 from clipmill.datasets import Prepared, option
 from clipmill.datasets.keys import keys_for
 from clipmill.datasets.labels import SPLIT_NAMES, Columns, Row, read_labels
-from clipmill.errors import ConfigError, FetchError
+from clipmill.errors import ConfigError, FetchError, TableError
 from clipmill.types import NO_SPLIT, Failure
 
 SOUND_SUFFIXES = frozenset({
@@ -38,7 +38,7 @@ class Folder:
         None, help="CSV or TSV of labels; without it, subfolder names are the labels."
     )
     file_column: str = option("filename", help="Column of file names, relative to --from.")
-    label_column: str | None = option(None, help="Column of labels.  [default: label, where there is one]")
+    label_column: str = option("label", help="Column of labels.")
     label_separator: str | None = option(None, help="Character between several labels in one cell.")
     fold_column: str | None = option(None, help="Column of cross-validation folds (whole numbers).")
     group_column: str | None = option(None, help="Column of what must not straddle folds.")
@@ -53,45 +53,41 @@ class Folder:
         root = self.from_dir.resolve()
         if not root.is_dir():
             raise FetchError(f"{self.from_dir}: is no folder")
+        if root == dest.resolve():
+            raise ConfigError(
+                f"--from {self.from_dir}: is the folder that the dataset is written to; choose another --name"
+            )
         found, failures = scan(root, but=dest.resolve())
         if self.labels is None:
             return self._by_subfolder(root, found, failures)
-        rows = read_labels(self.labels, self._columns())
-        return by_labels(root, found, rows)
-
-    def _columns(self) -> Columns:
-        assert self.labels is not None
-        label = self.label_column
-        if label is None:
-            with open(self.labels, encoding="utf-8-sig", errors="replace") as file:
-                label = "label" if "label" in file.readline().replace("\t", ",").strip().split(",") else None
-            if label is None:
-                raise ConfigError(
-                    f"{self.labels}: has no column 'label'; name the one of labels by --label-column"
-                )
-        return Columns(
-            self.file_column, label, self.fold_column, self.group_column, self.split_column,
+        columns = Columns(
+            self.file_column, self.label_column, self.fold_column, self.group_column, self.split_column,
             self.start_column, self.end_column, self.label_separator,
         )  # fmt: skip
+        return by_labels(root, found, read_labels(self.labels, columns))
 
     def _by_subfolder(self, root: Path, found: list[str], failures: list[Failure]) -> Prepared:
-        given = [
-            name for name in ("label", "fold", "group", "split", "start", "end") if getattr(self, f"{name}_column")
-        ]  # fmt: skip
-        if given:
-            raise ConfigError(f"--{given[0]}-column needs --labels CSV")
+        for name in ("fold", "group", "split", "start", "end"):
+            if getattr(self, f"{name}_column"):
+                raise ConfigError(f"--{name}-column needs --labels CSV")
         sources = []
         for source in found:
-            if Path(source).suffix.lower() not in SOUND_SUFFIXES and is_text(root / source):
+            if not _named_as_sound(source) and is_text(root / source):
                 failures.append(Failure("", source, "fetch", "skipped", "not-audio", "is plain text"))
             else:
                 sources.append(source)
         if not sources:
             raise FetchError(f"{self.from_dir}: holds no sound files")
         folders = [source.split("/")[:-1] for source in sources]
-        columns: dict[str, Any] = {"key": keys_for(sources), "source": sources}
-        if all(len(parts) > 1 and parts[0].lower() in SPLIT_NAMES for parts in folders):
-            columns["split"] = [SPLIT_NAMES[parts[0].lower()] for parts in folders]
+        columns: dict[str, Any] = {
+            "key": keys_for([(source, None, None) for source in sources]),
+            "source": sources,
+        }
+        sounds = [parts for parts, s in zip(folders, sources, strict=True) if _named_as_sound(s)]
+        if sounds and all(len(parts) > 1 and parts[0].lower() in SPLIT_NAMES for parts in sounds):
+            columns["split"] = [
+                SPLIT_NAMES.get(parts[0].lower() if parts else "", NO_SPLIT) for parts in folders
+            ]
             folders = [parts[1:] for parts in folders]
         columns["labels"] = [parts[:1] for parts in folders]
         return Prepared(tables.manifest_table(columns), root, failures)
@@ -100,57 +96,71 @@ class Folder:
 def by_labels(root: Path, found: list[str], rows: list[Row]) -> Prepared:
     """The clips that a labels file names; a file that is not there becomes a failure.
 
-    A name is looked for under `root` as it stands, and else by its last part, where
-    just one file has it (ESC-50's table names `1-1.wav`, the file is `audio/1-1.wav`).
+    A bare name that is not in `root` itself is looked for in the folders below, where just
+    one may have it (ESC-50's table names `1-1.wav`, the file is `audio/1-1.wav`). Rows of
+    the same file and stretch are one clip with all their labels.
+
+    Raises:
+        FetchError: none of the files is there.
+        TableError: rows of one clip disagree on fold, group or split.
     """
     present = set(found)
     by_name = defaultdict(list)
     for source in found:
         by_name[source.rpartition("/")[2]].append(source)
-    columns: dict[str, list[Any]] = defaultdict(list)
-    lost: list[tuple[int, str, str]] = []
-    for place, row in enumerate(rows):
-        source = os.path.normpath(row.file.replace("\\", "/"))
-        if source not in present and not (os.path.isabs(source) and os.path.isfile(source)):
-            others = by_name[source.rpartition("/")[2]]
-            if len(others) == 1:
-                source = others[0]
-            elif others:
-                where = ", ".join(others[:3])
-                lost.append(
-                    (
-                        place,
-                        "ambiguous",
-                        f"line {row.line} of the labels; stands in {len(others)} places: {where}",
-                    )
-                )
-            else:
-                lost.append(
-                    (place, "missing", f"line {row.line} of the labels names it, but there is no such file")
-                )
-        columns["source"].append(source)
-        columns["labels"].append(list(row.labels))
-        columns["split"].append(row.split or NO_SPLIT)
-        for name in ("start_s", "end_s", "fold", "group"):
-            columns[name].append(getattr(row, name))
-    # The key comes from the name that the labels use, which is the one their users know.
-    columns["key"] = keys_for([row.file for row in rows], columns["start_s"])
-    failures = [
-        Failure(columns["key"][place], columns["source"][place], "fetch", "failed", reason, message)
-        for place, reason, message in lost
-    ]
-    if len(failures) == len(rows):
+    clips: dict[tuple[str, float | None, float | None], Row] = {}
+    lost: dict[tuple[str, float | None, float | None], tuple[str, str]] = {}
+    for row in rows:
+        source, reason, message = _found(root, row.file, present, by_name)
+        place = (source, row.start_s, row.end_s)
+        first = clips.setdefault(place, row)
+        if (row.fold, row.group, row.split) != (first.fold, first.group, first.split):
+            raise TableError(
+                f"line {row.line} of the labels: {row.file!r} stands in line {first.line} too, "
+                "with another fold, group or split"
+            )
+        clips[place] = replace(first, labels=tuple(sorted({*first.labels, *row.labels})))
+        if reason:
+            lost[place] = reason, f"line {first.line} of the labels{message}"
+    if len(lost) == len(clips):
         raise FetchError(
-            f"{root}: holds none of the {len(rows)} files that the labels name, such as {rows[0].file!r}; "
-            "check --from and --file-column"
+            f"{root}: holds none of the {len(clips)} files that the labels name, such as {rows[0].file!r}; "
+            "check --from and the column of file names"
         )
-    return Prepared(tables.manifest_table(dict(columns)), root, failures)
+    # The key comes from the name that the labels use, which is the one their users know.
+    keys = keys_for([(row.file, row.start_s, row.end_s) for row in clips.values()])
+    columns: dict[str, Any] = {"key": keys, "source": [source for source, _, _ in clips]}
+    columns["labels"] = [list(row.labels) for row in clips.values()]
+    columns["split"] = [row.split or NO_SPLIT for row in clips.values()]
+    for name in ("start_s", "end_s", "fold", "group"):
+        columns[name] = [getattr(row, name) for row in clips.values()]
+    key_of = dict(zip(clips, keys, strict=True))
+    failures = [
+        Failure(key_of[place], place[0], "fetch", "failed", reason, message)
+        for place, (reason, message) in lost.items()
+    ]
+    return Prepared(tables.manifest_table(columns), root, failures)
+
+
+def _found(root: Path, name: str, present: set[str], by_name: dict[str, list[str]]) -> tuple[str, str, str]:
+    """A file that the labels name, as a source; and, where it cannot be had, the reason and a message."""
+    path = os.path.normpath(os.path.join(root, name.replace("\\", "/")))
+    source = os.path.relpath(path, root) if Path(path).is_relative_to(root) else path
+    if source in present or (os.path.isabs(source) and os.path.isfile(source)):
+        return source, "", ""
+    others = by_name.get(source, []) if "/" not in source else []
+    if len(others) == 1:
+        return others[0], "", ""
+    if others:
+        return source, "ambiguous", f"; stands in {len(others)} places: {', '.join(others[:3])}"
+    return source, "missing", " names it, but there is no such file"
 
 
 def scan(root: Path, but: Path | None = None) -> tuple[list[str], list[Failure]]:
-    """Every file under `root`, as sorted paths relative to it, hidden ones aside; and those no table can hold.
+    """Every file under `root`, as sorted paths relative to it; and those whose name no table can hold.
 
-    Links to folders are followed, each folder once.
+    Hidden files are passed over, and folders that clipmill fetched datasets into. Links to
+    folders are followed, each folder once.
     """
     found, failures = [], []
     for path in _walk(root, but, set()):
@@ -166,7 +176,8 @@ def scan(root: Path, but: Path | None = None) -> tuple[list[str], list[Failure]]
 
 def _walk(folder: Path, but: Path | None, seen: set[tuple[int, int]]) -> Iterator[Path]:
     status = folder.stat()
-    if folder.resolve() == but or (status.st_dev, status.st_ino) in seen:
+    ours = folder.resolve() == but or (folder / "fetch.json").is_file()  # a dataset of clipmill's own
+    if ours or (status.st_dev, status.st_ino) in seen:
         return
     seen.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
@@ -179,9 +190,15 @@ def _walk(folder: Path, but: Path | None, seen: set[tuple[int, int]]) -> Iterato
                 yield folder / entry.name
 
 
+def _named_as_sound(source: str) -> bool:
+    return Path(source).suffix.lower() in SOUND_SUFFIXES
+
+
 def is_text(path: Path) -> bool:
     """Whether a file begins as UTF-8 text without control characters (an empty file does not count)."""
     try:
+        if not path.is_file():  # opening a pipe would wait for its writer
+            return False
         with open(path, "rb") as file:
             head = file.read(4096)
     except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,6 @@ class Row:
 def read_labels(path: Path, columns: Columns) -> list[Row]:
     """Read and check every line of a labels file.
 
-    Lines of the same file and stretch (one line for each label) are merged.
-
     Raises:
         ConfigError: a column that was named is not there.
         TableError: the file is unreadable or a line is malformed; names the line, what
@@ -60,17 +59,21 @@ def read_labels(path: Path, columns: Columns) -> list[Row]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             head = file.readline()
             file.seek(0)
-            reader = csv.reader(file, delimiter="\t" if "\t" in head else ",", strict=True)
+            delimiter = max("\t;,", key=head.count)
+            reader = csv.reader(file, delimiter=delimiter if delimiter in head else ",", strict=True)
             names = [name.strip() for name in next(reader, [])]
             _check_columns(path, names, columns)
-            rows = [_row(path, reader.line_num, names, cells, columns) for cells in reader if cells]
-    except (OSError, UnicodeDecodeError) as error:
+            lines = ((reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells))
+            rows = [_row(path, line, names, cells, columns) for line, cells in lines]
+    except OSError as error:
+        raise TableError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise TableError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     except csv.Error as error:
         raise TableError(f"{path}, line {reader.line_num}: {error}") from error
     if not rows:
         raise TableError(f"{path}: has no rows")
-    return _merged(path, rows)
+    return rows
 
 
 def _check_columns(path: Path, names: list[str], columns: Columns) -> None:
@@ -79,10 +82,14 @@ def _check_columns(path: Path, names: list[str], columns: Columns) -> None:
         ("group", "--group-column"), ("split", "--split-column"), ("start", "--start-column"), ("end", "--end-column"),
     ):  # fmt: skip
         column = getattr(columns, field)
-        if column is not None and column not in names:
+        if column is None:
+            continue
+        if column not in names:
             raise ConfigError(
                 f"{path}: has no column {column!r} for {flag}; it has {', '.join(names) or 'none'}"
             )
+        if names.count(column) > 1:
+            raise TableError(f"{path}: has {names.count(column)} columns {column!r}; expected one for {flag}")
 
 
 def _row(path: Path, line: int, names: list[str], cells: list[str], columns: Columns) -> Row:
@@ -96,10 +103,10 @@ def _row(path: Path, line: int, names: list[str], cells: list[str], columns: Col
             return None
         try:
             value = float(cell[column])
-            if kind is int and value != int(value):
+            if not math.isfinite(value) or (kind is int and not (value == int(value) and 0 <= value < 2**31)):
                 raise ValueError
-        except (ValueError, OverflowError):
-            wanted = "a whole number" if kind is int else "a number of seconds"
+        except ValueError:
+            wanted = "a whole number from 0 up" if kind is int else "a number of seconds"
             raise TableError(
                 f"{path}, line {line}: found {cell[column]!r} in {column!r}, expected {wanted}"
             ) from None
@@ -129,19 +136,3 @@ def _row(path: Path, line: int, names: list[str], cells: list[str], columns: Col
         start_s=start_s,
         end_s=end_s,
     )
-
-
-def _merged(path: Path, rows: list[Row]) -> list[Row]:
-    """One row for each file and stretch, with all its labels."""
-    merged: dict[tuple[str, float | None, float | None], Row] = {}
-    for row in rows:
-        place = (row.file, row.start_s, row.end_s)
-        first = merged.setdefault(place, row)
-        if (row.fold, row.group, row.split) != (first.fold, first.group, first.split):
-            raise TableError(
-                f"{path}, line {row.line}: {row.file!r} stands in line {first.line} too, "
-                "with another fold, group or split"
-            )
-        labels = tuple(sorted({*first.labels, *row.labels}))
-        merged[place] = Row(**{**vars(first), "labels": labels})
-    return list(merged.values())

@@ -41,7 +41,7 @@ TAKES = 2
 """Clips of one voice; the last voice of a class in a fold may have fewer."""
 
 MARKER = ".tones.json"
-VERSION = 1
+VERSION = 2
 """Raise it whenever the same options would give other samples or names: old folders are then made anew."""
 
 # Lossy codecs add up to 0.13 s of padding at the end; a decoded clip must still be at most 5 s.
@@ -179,6 +179,8 @@ def _file_bytes(job: _Job, seed: int) -> bytes:
 def _claim(media: Path, options: dict[str, Any], sources: list[str]) -> None:
     """Make `media` the folder of these options: empty it of what other options made, and say so in its marker."""
     marker = media / MARKER
+    if media.exists() and not media.is_dir():
+        raise FetchError(f"{media}: is no folder; move it away, or choose another place with --root")
     if marker.exists():
         record = read_json(marker)
         if not isinstance(record, dict) or not {"options", "files"} <= set(record):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterable
 from contextlib import closing
@@ -29,15 +28,10 @@ class Ledger:
     def __init__(self, path: Path, *, write: bool = False) -> None:
         self._path = path
         try:
-            if write:
-                self._base = sqlite3.connect(path)
-                self._base.execute("PRAGMA journal_mode=WAL")
-                self._base.execute(_TABLE)
-            else:
-                # Datasets are shared on disks that their readers may not write, where WAL cannot be opened otherwise.
-                immutable = "" if os.access(path.parent, os.W_OK) else "&immutable=1"
-                self._base = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{immutable}", uri=True)
-                self._base.execute("SELECT 1 FROM outcomes LIMIT 1")
+            # Read-only for readers: datasets are shared on disks that they may not write.
+            mode = "rwc" if write else "ro"
+            self._base = sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", uri=True)
+            self._base.execute(_TABLE if write else "SELECT 1 FROM outcomes LIMIT 1")
         except sqlite3.Error as error:
             raise TableError(f"{path}: cannot be opened as a ledger: {error}") from error
 

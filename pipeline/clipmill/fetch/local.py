@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipmill import __version__, tables
-from clipmill.datasets import Dataset
+from clipmill.datasets import Dataset, Prepared
 from clipmill.errors import ConfigError, FetchError
 from clipmill.fetch.ledger import Ledger
 from clipmill.types import Failure
@@ -45,18 +46,31 @@ def fetch(kind: str, dataset: Dataset, root: Path) -> Fetched:
     Raises:
         FetchError: nothing can be had.
         ConfigError: the dataset's name or options cannot be.
+        TableError: another run is fetching it.
     """
     name = dataset.name
-    if not name or not all(c.isascii() and (c.isalnum() or c in "_-") for c in name):
-        raise ConfigError(f"dataset name {name!r}: allowed are letters, digits, '_' and '-'")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name):
+        raise ConfigError(f"dataset name {name!r}: allowed are 1 to 60 letters, digits, '_' and '-'")
     folder = root / name
-    folder.mkdir(parents=True, exist_ok=True)
+    new = not folder.exists()
+    try:
+        with tables.locked(folder):
+            _fetch(kind, dataset, folder)
+    except BaseException:
+        if new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    return load(root, name)
+
+
+def _fetch(kind: str, dataset: Dataset, folder: Path) -> None:
+    """Prepare the dataset and write its tables; fetch.json, which vouches for the others, goes first and comes last."""
     prepared = dataset.prepare(folder)
+    manifest = _with_sizes(prepared)
     lost = pa.array([f.key for f in prepared.failures if f.key], pa.string())
-    had = prepared.manifest.filter(pc.invert(pc.is_in(prepared.manifest["key"], lost)))
-    # fetch.json comes last, and what it vouches for must never be half old and half new.
+    had = manifest.filter(pc.invert(pc.is_in(manifest["key"], lost)))
     (folder / FETCH_FILE).unlink(missing_ok=True)
-    tables.write_table(folder / MANIFEST_FILE, prepared.manifest)
+    tables.write_table(folder / MANIFEST_FILE, manifest)
     with Ledger(folder / LEDGER_FILE, write=True) as ledger:
         ledger.replace(zip(had["key"].to_pylist(), had["source"].to_pylist(), strict=True), prepared.failures)
     about = {k: v for k, v in facts(kind).items() if isinstance(v, str)}
@@ -64,7 +78,7 @@ def fetch(kind: str, dataset: Dataset, root: Path) -> Fetched:
     tables.write_json(
         folder / FETCH_FILE,
         {
-            "name": name,
+            "name": dataset.name,
             "kind": kind,
             "options": options,
             "media_root": str(prepared.media_root.resolve()),
@@ -72,7 +86,21 @@ def fetch(kind: str, dataset: Dataset, root: Path) -> Fetched:
             "clipmill": __version__,
         },
     )
-    return load(root, name)
+
+
+def _with_sizes(prepared: Prepared) -> pa.Table:
+    """The manifest with each source's size in bytes, null where it is not there."""
+    sizes = {s: _size(prepared.media_root / s) for s in pc.unique(prepared.manifest["source"]).to_pylist()}
+    column = pa.array([sizes[source] for source in prepared.manifest["source"].to_pylist()], pa.int64())
+    place = prepared.manifest.schema.get_field_index("bytes")
+    return prepared.manifest.set_column(place, tables.MANIFEST.field("bytes"), column)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def load(root: Path, name: str, *, need_media: bool = True) -> Fetched:
@@ -88,7 +116,7 @@ def load(root: Path, name: str, *, need_media: bool = True) -> Fetched:
         raise FetchError(
             f"{name!r} has not been fetched under {root} (fetched there: {have}); see `pipeline fetch --help`"
         )
-    said = tables.read_json(folder / FETCH_FILE)
+    said = tables.read_json(folder / FETCH_FILE, "name", "kind", "media_root", "about")
     media_root = Path(said["media_root"])
     if need_media and not media_root.is_dir():
         raise FetchError(

@@ -77,7 +77,9 @@ class Hdf5Shard:
     def __init__(self, path: Path, rate: int, encoding: str, labels: tuple[str, ...]) -> None:
         import h5py
 
-        self._file = h5py.File(path, "w", libver=("v110", "v110"))
+        # Built in memory: HDF5 itself, when the disk fills up under it, ends the whole process.
+        self._path, self._bytes = path, io.BytesIO()
+        self._file = h5py.File(self._bytes, "w", libver=("v110", "v110"))
         self._rate, self._encoding, self._labels = rate, encoding, labels
         self._ids = {label: place for place, label in enumerate(labels)}
         self._keys: list[str] = []
@@ -115,6 +117,7 @@ class Hdf5Shard:
         self._file.attrs["sample_rate"] = self._rate
         self._file.attrs["labels"] = json.dumps(self._labels, ensure_ascii=False)
         self._file.close()
+        self._path.write_bytes(self._bytes.getbuffer())
         return [(None, None)] * clips
 
 

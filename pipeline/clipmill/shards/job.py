@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -41,54 +42,65 @@ def make_shards(
     Args:
         name: the dataset's name; shards are called `<name>-<split>-000000.<ext>`.
         manifest: the clips wanted, with the columns of `tables.MANIFEST`.
-        losses: what fetching lost; the manifest's clips among them count as skipped.
+        losses: what fetching lost or passed over; they keep their outcome in the account.
         media_root: the folder that sources are relative to.
         out: the folder of the shards.
         spec: every choice that decides the bytes.
         about: title, licence, citation and the like, copied into dataset.json.
         jobs: worker processes.
-        overwrite: rebuild shards that were made from other clips or another spec.
+        overwrite: build every shard anew, instead of keeping the finished ones.
         update: called with (clips done, facts) as shards are finished.
 
     Raises:
         ShardError: nothing to write, or `out` holds shards of another plan.
+        TableError: another run is writing to `out`, or a record there is damaged.
         OSError: the disk is full or does not let us write.
     """
     losses = list(losses)
-    out.mkdir(parents=True, exist_ok=True)
-    units = plan(name, manifest, [loss.key for loss in losses], media_root, out, spec)
-    finished = _finished(units, out, spec, overwrite)
-    done = sum(r.counts["clips"] for r in finished.values())
-    failed = sum(r.counts["failed"] for r in finished.values())
-    update(done, f"failed {failed}")
-    for record in run_units(build, [u for u in units if u.shard not in finished], jobs):
-        done, failed = done + record.counts["clips"], failed + record.counts["failed"]
+    units = plan(name, manifest, [loss.key for loss in losses if loss.key], media_root, out, spec)
+    with tables.locked(out):
+        finished = _finished(name, units, out, spec, overwrite)
+        done = sum(r.counts["clips"] for r in finished.values())
+        failed = sum(r.counts["failed"] for r in finished.values())
         update(done, f"failed {failed}")
-        # Only what the account needs: the index rows of two million clips would not fit in memory.
-    for leftover in out.glob(f".{name}-*.tmp"):
-        leftover.unlink(missing_ok=True)
-    return _put_together(name, units, manifest.num_rows, losses, out, spec, about or {})
+        # Of each record only the account is kept: the index rows of two million clips would not fit in memory.
+        for record in run_units(build, [u for u in units if u.shard not in finished], jobs):
+            done, failed = done + record.counts["clips"], failed + record.counts["failed"]
+            update(done, f"failed {failed}")
+        for leftover in out.glob(f".{name}-*.tmp"):
+            leftover.unlink(missing_ok=True)
+        return _put_together(name, units, manifest.num_rows, losses, out, spec, about or {})
 
 
-def _finished(units: list[Unit], out: Path, spec: ShardSpec, overwrite: bool) -> dict[str, ShardRecord]:
-    """The records of the shards that need not be built; refuses or removes those of another plan."""
+def _finished(
+    name: str, units: list[Unit], out: Path, spec: ShardSpec, overwrite: bool
+) -> dict[str, ShardRecord]:
+    """The records of the shards that need not be built.
+
+    Shards of another plan, and files that are none of ours, are refused. With `overwrite`
+    all shards of this dataset go, so that every one is built anew; never anything else.
+    """
     planned = {unit.shard: unit for unit in units}
+    ours = re.compile(re.escape(name) + r"-[a-z]+-\d{6}\.\w+")
     finished = {}
     for path in sorted(file for ext in FORMATS.values() for file in out.glob(f"*.{ext}")):
+        if not path.is_file() or not ours.fullmatch(path.name):
+            raise ShardError(
+                f"{path}: is no shard of {name}; move it away, or write somewhere else with --out DIR"
+            )
+        if overwrite:
+            record_path(path).unlink(missing_ok=True)
+            path.unlink()
+            continue
         record = read_record(path)
         unit = planned.get(path.name)
         if record is not None and unit is not None and record.unit == unit.hash:
             finished[path.name] = record
-        elif overwrite:
-            record_path(path).unlink(missing_ok=True)
-            path.unlink()
-        elif record is not None:
+        elif record is not None or unit is None:
+            why = _difference(record, spec) if record else "another plan"
             raise ShardError(
-                f"{path}: was made from {_difference(record, spec)}; "
-                "--overwrite rebuilds what differs, --out DIR writes somewhere else"
+                f"{path}: was made from {why}; --overwrite builds all shards anew, --out DIR writes somewhere else"
             )
-        elif unit is None:
-            raise ShardError(f"{path}: is no part of this dataset; move it away, or use --out DIR")
     return finished
 
 

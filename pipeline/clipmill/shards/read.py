@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ class Shards:
 
     Attributes:
         folder: where the shards stand.
+        files: the shards' file names.
         info: what dataset.json says.
         index: the rows chosen, with the columns of `tables.INDEX`.
     """
 
-    def __init__(self, folder: Path, info: dict[str, Any], index: pa.Table) -> None:
-        self.folder, self.info, self.index = folder, info, index
+    def __init__(
+        self, folder: Path, info: dict[str, Any], index: pa.Table, files: Sequence[str] = ()
+    ) -> None:
+        self.folder, self.info, self.index, self.files = folder, info, index, list(files)
         self._columns: dict[str, Any] = {}
         self._files: dict[str, Any] = {}
         self._pid = os.getpid()
@@ -49,29 +53,41 @@ class Shards:
                 else "`pipeline shard` makes one"
             )
             raise ShardError(f"{folder}: holds no index.parquet and dataset.json; {why}")
-        info = tables.read_json(folder / "dataset.json")
+        info = tables.read_json(
+            folder / "dataset.json", "name", "labels", "spec", "counts", "shards", "root_sha256"
+        )
         index = tables.read_table(folder / "index.parquet", tables.INDEX)
+        known = [shard["shard"] for shard in info["shards"]]
+        strange = set(pc.unique(pc.list_flatten(index["labels"])).to_pylist()) - set(info["labels"])
+        if strange:
+            raise ShardError(
+                f"{folder}: index.parquet has the label {min(strange)!r}, which dataset.json does not"
+            )
         if names is not None:
-            known = {shard["shard"] for shard in info["shards"]}
-            if unknown := sorted(set(names) - known):
+            if unknown := sorted(set(names) - set(known)):
                 raise ShardError(
                     f"{folder / unknown[0]}: is not in the index beside it ({len(known)} shards)"
                 )
             index = index.filter(pc.is_in(index["shard"], pa.array(names)))
-        return cls(folder, info, index)
+        return cls(folder, info, index, names or known)
 
     def __len__(self) -> int:
         return int(self.index.num_rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "info": self.info, "index": self.index}
+        return {"folder": self.folder, "info": self.info, "index": self.index, "files": self.files}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
     def take(self, rows: NDArray[np.integer]) -> Shards:
         """The clips at these rows, in this order."""
-        return Shards(self.folder, self.info, self.index.take(pa.array(rows, pa.int64())))
+        return Shards(self.folder, self.info, self.index.take(pa.array(rows, pa.int64())), self.files)
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all the shards of the dataset."""
+        return len(self.files) == len(self.info["shards"])
 
     @property
     def name(self) -> str:

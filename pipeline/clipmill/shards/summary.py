@@ -16,6 +16,9 @@ from clipmill.shards.read import Shards
 def summarize(where: str | Path) -> dict[str, Any]:
     """Clips, hours, durations, labels, folds, loudness, and what failed and why, as plain values.
 
+    `counts`, `failures` and `root_sha256` are those of the whole dataset, also where only
+    some of its shards are asked for (`whole` is then false).
+
     Durations are in seconds, before and after padding; loudness in LUFS, levels in dB re full scale.
 
     Raises:
@@ -23,7 +26,6 @@ def summarize(where: str | Path) -> dict[str, Any]:
     """
     shards = Shards.open(where)
     index, info = shards.index, shards.info
-    names = set(pc.unique(index["shard"]).to_pylist())
     failures = tables.read_jsonl(shards.folder / "failures.jsonl")
     labels = Counter(pc.list_flatten(index["labels"]).to_pylist())
     unlabelled = pc.sum(pc.equal(pc.list_value_length(index["labels"]), 0)).as_py() or 0
@@ -35,8 +37,9 @@ def summarize(where: str | Path) -> dict[str, Any]:
         "spec": info["spec"],
         "root_sha256": info["root_sha256"],
         "counts": info["counts"],
-        "shards": len(names),
-        "bytes": sum(entry["bytes"] for entry in info["shards"] if entry["shard"] in names),
+        "whole": shards.whole,
+        "shards": len(shards.files),
+        "bytes": sum(entry["bytes"] for entry in info["shards"] if entry["shard"] in shards.files),
         "clips": len(shards),
         "hours": float(pc.sum(index["duration_s"]).as_py() or 0.0) / 3600,
         "padded_hours": float(padded_s.sum()) / 3600,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from clipmill import tables
@@ -23,12 +24,15 @@ from clipmill.shards.write import read_record, record_path
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` found: an empty `problems` means that all of it is sound."""
+    """What `verify` found: an empty `problems` means that all of it is sound.
+
+    `root_sha256` is None where only some of the shards were looked at.
+    """
 
     shards: int
     clips: int
     bytes: int
-    root_sha256: str
+    root_sha256: str | None
     problems: list[str] = field(default_factory=list)
 
 
@@ -42,18 +46,18 @@ def verify(
     """
     shards = Shards.open(where)
     listed = {entry["shard"]: entry for entry in shards.info["shards"]}
-    names = shards.index["shard"].to_numpy()
-    asked = sorted(listed if Path(where).is_dir() else set(names))
-    rows = _rows_by_value(names)
+    asked = sorted(shards.files)
+    rows = _rows_by_value(shards.index["shard"].to_numpy())
     jobs_to_do = [(shards.take(rows.get(name, np.zeros(0, np.int64))), listed[name]) for name in asked]
     problems: list[str] = []
     for done, found in enumerate(run_units(_check_shard, jobs_to_do, jobs), 1):
         problems += found
         update(done, f"problems {len(problems)}")
-    if Path(where).is_dir():
+    if shards.whole:
         problems += _check_account(shards, listed)
     total = sum(listed[name]["bytes"] for name in asked)
-    return Verdict(len(asked), len(shards), total, shards.info["root_sha256"], sorted(problems))
+    root = shards.info["root_sha256"] if shards.whole else None
+    return Verdict(len(asked), len(shards), total, root, sorted(problems))
 
 
 def _rows_by_value(values: NDArray[Any]) -> dict[str, NDArray[np.int64]]:
@@ -68,7 +72,7 @@ def _check_shard(job: tuple[Shards, dict[str, Any]]) -> list[str]:
     part, entry = job
     name = entry["shard"]
     path = part.folder / name
-    if not path.exists():
+    if not path.is_file():
         return [f"{name}: is missing"]
     problems = []
     digest, size = tables.sha256_of(path)
@@ -76,7 +80,7 @@ def _check_shard(job: tuple[Shards, dict[str, Any]]) -> list[str]:
         problems.append(
             f"{name}: its sha256 is not the one recorded ({size} bytes, recorded {entry['bytes']})"
         )
-    problems += _check_record(path, entry)
+    problems += _check_record(path, entry, part)
     if len(part) != entry["written"]:
         problems.append(f"{name}: the index has {len(part)} clips of it, recorded are {entry['written']}")
     keys, hashes = part.index["key"].to_pylist(), part.index["sha256"].to_pylist()
@@ -94,7 +98,7 @@ def _check_shard(job: tuple[Shards, dict[str, Any]]) -> list[str]:
     return problems
 
 
-def _check_record(path: Path, entry: dict[str, Any]) -> list[str]:
+def _check_record(path: Path, entry: dict[str, Any], part: Shards) -> list[str]:
     try:
         record = read_record(path)
     except TableError as error:
@@ -103,6 +107,8 @@ def _check_record(path: Path, entry: dict[str, Any]) -> list[str]:
         return [f"{path.name}: has no record {record_path(path).name} that fits its size"]
     if record.sha256 != entry["sha256"] or record.counts["written"] != entry["written"]:
         return [f"{path.name}: its record and dataset.json disagree"]
+    if not part.index.sort_by("row").equals(pa.table(record.index, schema=tables.INDEX)):
+        return [f"{path.name}: the index and its record disagree on what it holds"]
     return []
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from clipmill import tables
 from clipmill.audio import measure, prepare_clip
@@ -57,9 +58,17 @@ def read_record(shard: Path) -> ShardRecord | None:
         return None
     try:
         record = ShardRecord(**tables.read_json(path))
-    except TypeError as error:
-        raise TableError(f"{path}: is no shard's record: {error}") from error
-    return record if shard.exists() and shard.stat().st_size == record.size else None
+        rows = pa.table(record.index, schema=tables.INDEX).num_rows
+        sound = rows == record.counts["written"] and len(record.failures) == record.counts["failed"]
+    except (TypeError, KeyError, pa.ArrowException) as error:
+        raise TableError(
+            f"{path}: is no shard's record ({error}); remove it and run `pipeline shard` again"
+        ) from error
+    if not sound:
+        raise TableError(
+            f"{path}: its counts and its rows disagree; remove it and run `pipeline shard` again"
+        )
+    return record if shard.is_file() and shard.stat().st_size == record.size else None
 
 
 def _write(path: Path, unit: Unit) -> tuple[dict[str, list[Any]], list[Failure]]:
@@ -72,6 +81,13 @@ def _write(path: Path, unit: Unit) -> tuple[dict[str, list[Any]], list[Failure]]
         for clip in tables.clips(unit.clips):
             try:
                 samples, row = _ready(clip, unit.media_root, spec)
+            except MemoryError:
+                failures.append(
+                    Failure(
+                        clip.key, clip.source, "shard", "failed", "corrupt", "needs more memory than there is"
+                    )
+                )
+                continue
             except DecodeError as error:
                 failures.append(Failure(clip.key, clip.source, "shard", "failed", error.reason, str(error)))
                 continue
@@ -91,8 +107,13 @@ def _ready(clip: Clip, media_root: Path, spec: ShardSpec) -> tuple[np.ndarray, d
     )
     content = ready.samples[: ready.content]
     if not content.any() and not spec.keep_silent:
-        raise DecodeError("silent", f"all {ready.duration_s:.2f} s are zero; --keep-silent keeps such clips")
-    row = asdict(clip) | {
+        raise DecodeError(
+            "silent",
+            f"nothing in {ready.duration_s:.2f} s reaches the last of 16 bits; --keep-silent keeps such clips",
+        )
+    facts = asdict(clip)
+    del facts["bytes"]  # it says whether the source has changed, and nothing of the clip
+    row = facts | {
         "labels": list(clip.labels),
         "samples": len(ready.samples),
         "sha256": hashlib.sha256(ready.samples.tobytes()).hexdigest(),

@@ -1,0 +1,91 @@
+"""`pipeline evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clipmill.cli import DONE, console
+
+
+@click.command("evaluate")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--shards", "where", required=True, metavar="SHARDS", help="Folder of shards, one shard, or a range."
+)
+@click.option(
+    "--fold", type=int, default=None, help="Score this fold.  [default: the clips that the run held out]"
+)
+@click.option(
+    "--split", default=None, help="Score this split: train, valid, eval, or all (clips without one)."
+)
+@console.weights_option
+@console.device_option
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=None,
+    help="Processes that read ahead.  [default: by device]",
+)
+@console.json_option
+def command(
+    run: Path,
+    where: str,
+    fold: int | None,
+    split: str | None,
+    weights: str,
+    device: str,
+    workers: int | None,
+    as_json: bool,
+) -> int:
+    """Score a trained run on whole clips: accuracy, mAP, AUC, F1, each class, and what is confused.
+
+    \b
+    Example:
+      pipeline evaluate runs/x --shards data/esc10/shards/webdataset-flac-44100
+      pipeline evaluate runs/x --shards SHARDS --split eval --weights last --json
+    """  # fmt: skip
+    from clipmill.shards.read import Shards
+    from clipmill.train.checkpoint import read_run
+    from clipmill.train.device import default_workers, pick_device
+    from clipmill.train.evaluate import choose_clips, evaluate_run
+
+    place = pick_device(device)
+    trained = read_run(run, place, weights)
+    shards = Shards.open(where)
+    clips = len(choose_clips(trained, shards, fold, split)[0])
+    with console.progress("scoring", clips, "clips") as update:
+        workers = default_workers(place) if workers is None else workers
+        figures = evaluate_run(trained, shards, place, fold=fold, split=split, workers=workers, update=update)
+    if as_json:
+        console.print_json(figures)
+    else:
+        _print(figures)
+    return DONE
+
+
+def _print(figures: dict[str, Any]) -> None:
+    names = ("accuracy", "map", "auc", "d_prime", "f1", "loss")
+    what = (
+        f"{figures['model']}, {figures['weights']} weights, on {figures['scored']} ({figures['clips']} clips)"
+    )
+    click.echo(what)
+    console.print_table("", ("figure", "value"), [(n, _number(figures[n])) for n in names])
+    if left_out := figures["classes_left_out"]:
+        click.echo(f"left out of map and auc, without clips on both sides: {', '.join(left_out)}")
+    columns = ("clips", "ap", "auc", "precision", "recall", "f1")
+    rows = [
+        (row["label"], row["clips"], *(_number(row[c]) for c in columns[1:])) for row in figures["per_class"]
+    ]
+    click.echo()
+    console.print_table("Classes", ("label", *columns), rows)
+    if figures["confusions"]:
+        click.echo()
+        rows = [(c["label"], c["predicted"], c["clips"]) for c in figures["confusions"]]
+        console.print_table("Most confused", ("label", "heard as", "clips"), rows)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

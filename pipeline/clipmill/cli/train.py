@@ -1,0 +1,163 @@
+"""`pipeline train`."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clipmill.cli import DONE, INTERRUPTED, console
+
+
+def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One flag for each field of a recipe, by its name; None leaves the recipe's own value."""
+    options = [
+        click.option("--recipe", "recipe_name", metavar="NAME", help="Preset.  [default: by dataset and device]"),
+        click.option("--model", metavar="NAME", help="Network, such as erann-1-3."),
+        click.option("--steps", type=int, help="Training steps."),
+        click.option("--batch-size", type=int, help="Clips in each step."),
+        click.option("--learning-rate", type=float, help="Adam's; the highest one with one-cycle."),
+        click.option("--schedule", type=click.Choice(["constant", "one-cycle"]), help="Of the learning rate."),
+        click.option("--crop-s", type=float, help="Seconds cut from each clip at a random place; 0: whole clips."),
+        click.option("--mixup", type=click.Choice(["none", "standard", "between-class"]), help="How clips are mixed."),
+        click.option("--specaugment/--no-specaugment", default=None, help="Mask stripes of the log-mel."),
+        click.option("--ema-decay", type=float, help="Of the average of the weights that is evaluated."),
+        click.option("--ema-warmup/--no-ema-warmup", default=None, help="Let the average forget its first steps."),
+        click.option("--eval-every", type=int, help="Steps between evaluations on the clips held out."),
+        click.option(
+            "--loss",
+            type=click.Choice(["auto", "softmax", "sigmoid"]),
+            help="softmax: one class a clip; sigmoid: any number; auto: by the labels.",
+        ),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@click.command("train")
+@click.option(
+    "--shards", "where", required=True, metavar="SHARDS", help="Folder of shards, one shard, or a range."
+)
+@click.option(
+    "--fold", type=int, default=None, help="Fold to hold out.  [default: the dataset's split, or lowest fold]"
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="Folder of the run.  [default: runs/DATASET-MODEL-foldK]",
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, exactly where it was saved last.")
+@console.device_option
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is random."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=None,
+    help="Processes that read ahead.  [default: by device]",
+)
+@click.option(
+    "--save-every",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Steps between saves, beside those at evaluations.",
+)
+@click.option("--allow-leak", is_flag=True, help="Let a group stand on both sides of the split.")
+@_recipe_options
+def command(
+    where: str,
+    fold: int | None,
+    out: Path | None,
+    resume: bool,
+    device: str,
+    seed: int,
+    workers: int | None,
+    save_every: int | None,
+    allow_leak: bool,
+    recipe_name: str | None,
+    **fields: Any,
+) -> int:
+    """Train a tagger on shards and evaluate it on the clips held out.
+
+    SHARDS is a folder, a shard, or a range such as a/b-{000000..000012}.tar. The recipe
+    follows from the dataset and the device; any part of it can be changed by a flag.
+    Interrupted or killed, the same command with --resume goes on.
+
+    \b
+    Example:
+      pipeline train --shards data/esc10/shards/webdataset-flac-44100 --fold 1
+      pipeline train --shards SHARDS --model erann-1-1 --fold 1 --steps 300 --out runs/x
+      pipeline train --shards SHARDS --fold 1 --out runs/x --resume
+    """  # fmt: skip
+    from clipmill.shards.read import Shards
+    from clipmill.train.device import default_workers, pick_device
+    from clipmill.train.loop import plan_run, train
+    from clipmill.train.recipes import choose_recipe, describe
+
+    place = pick_device(device)
+    shards = Shards.open(where)
+    recipe, why = choose_recipe(shards.name, place.type, recipe_name, **fields)
+    plan = plan_run(shards, recipe, place, fold=fold, seed=seed, allow_leak=allow_leak)
+    folder = out or plan.default_out
+    console.say(f"{why}\n  {describe(recipe)}, {plan.config['loss']}, on {place}")
+    for note in plan.notes:
+        console.say(note)
+    with console.progress("training", recipe.steps, "steps") as update, _until_signalled() as stop:
+        outcome = train(
+            plan,
+            folder,
+            resume=resume,
+            workers=default_workers(place) if workers is None else workers,
+            save_every=save_every,
+            say=console.say,
+            update=update,
+            stop=stop,
+        )
+    if not outcome.done:
+        console.say(
+            f"stopped at step {outcome.step} of {recipe.steps}: the same command with --resume goes on"
+        )
+        return INTERRUPTED
+    if not outcome.ran:
+        console.say(f"{folder}: this run is finished already ({outcome.step} steps); --steps N trains on")
+    for line in _summary(outcome.best, outcome.last):
+        click.echo(line)
+    click.echo(f"run: {folder}")
+    return DONE
+
+
+def _summary(best: dict[str, Any] | None, last: dict[str, Any] | None) -> Iterator[str]:
+    for name, figures in (("best", best), ("last", last)):
+        if figures:
+            main = figures["main_figure"]
+            others = [
+                f"{k} {figures[k]:.3f}"
+                for k in ("map", "auc", "f1", "loss")
+                if k != main and figures[k] is not None
+            ]
+            value = "none" if figures[main] is None else f"{figures[main]:.3f}"
+            yield f"{name}: {main} {value} on {figures['clips']} clips at step {figures['step']} ({', '.join(others)})"
+
+
+@contextmanager
+def _until_signalled() -> Iterator[Callable[[], bool]]:
+    """Yield a question: has a Ctrl-C or a SIGTERM come? A second Ctrl-C ends at once, as ever."""
+    came: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        came.append(number)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

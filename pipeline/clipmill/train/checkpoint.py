@@ -1,0 +1,209 @@
+"""What a run leaves on disk, and how it is read again.
+
+    config.json        everything that decides the run, and where its clips came from
+    metrics.jsonl      one line each time the loss or the clips held out were measured
+    last.pt            training state: weights, their average, Adam's moments, the step
+    best.safetensors   the averaged weights that did best on the clips held out
+    events.out.*       the same figures for TensorBoard
+
+Every file is replaced whole or not at all, so that a run killed at any moment can go on.
+Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as _short
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from clipmill import tables
+from clipmill.errors import TableError, TrainError
+from clipmill.features import LogMel
+from clipmill_models import ModelError, create_model
+
+CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pt", "best.safetensors"
+
+FREE = frozenset({"shards", "device", "workers", "versions", "allow_leak", "recipe.name", "recipe.model"})
+"""Fields of config.json that a resumed run may change: they decide no number, or another field says the same."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's network with trained weights, in evaluation mode, and all that it needs to hear a clip."""
+
+    folder: Path
+    config: dict[str, Any]
+    model: nn.Module
+    features: nn.Module
+    weights: str
+
+    @property
+    def labels(self) -> list[str]:
+        """Class names, in the order of the logits."""
+        return list(self.config["labels"])
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return int(self.config["sample_rate"])
+
+    @property
+    def loss(self) -> str:
+        """softmax or sigmoid: how logits become probabilities."""
+        return str(self.config["loss"])
+
+
+def read_run(folder: Path, device: torch.device, weights: str = "best") -> Run:
+    """Read a run's "best" weights, or the averaged ones of its "last" step.
+
+    Raises:
+        TrainError: no run is there, it has no such weights yet, or they do not fit its config.
+    """
+    config = read_config(folder)
+    try:
+        model = create_model(config["model"], len(config["labels"]), in_bins=config["features"]["n_mels"])
+        features = LogMel(**config["features"])
+        state = _best(folder) if weights == "best" else read_last(folder)["ema"]
+        model.load_state_dict(state)
+    except (KeyError, TypeError, ModelError) as error:
+        raise TrainError(f"{folder / CONFIG}: is no run's config ({error!r})") from error
+    except RuntimeError as error:
+        raise TrainError(
+            f"{folder}: its weights are not those of {config['model']}: {_first_line(error)}"
+        ) from error
+    return Run(folder, config, model.to(device).eval(), features.to(device).eval(), weights)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A run's config.json; raises TrainError when there is none."""
+    if not (folder / CONFIG).is_file():
+        raise TrainError(
+            f"{folder}: holds no {CONFIG}, so it is no run; `pipeline train --out {folder}` makes one"
+        )
+    try:
+        config = tables.read_json(folder / CONFIG)
+    except TableError as error:
+        raise TrainError(str(error)) from error
+    if not isinstance(config, dict):
+        raise TrainError(f"{folder / CONFIG}: is no run's config")
+    return config
+
+
+def start_or_resume(
+    out: Path, config: dict[str, Any], *, resume: bool
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Claim `out` for a run: (the state to go on from or None, something to tell the user or None).
+
+    Raises:
+        TrainError: a run is there and `resume` is not given, or what is there was made otherwise.
+    """
+    if not (out / CONFIG).exists():
+        tables.write_json(out / CONFIG, config)
+        return None, f"--resume: {out} holds no run yet; starting from the beginning" if resume else None
+    if not resume:
+        raise TrainError(
+            f"{out}: already holds a run; --resume goes on with it, another --out starts a new one"
+        )
+    saved = read_config(out)
+    _check_same(out, saved, config)
+    if not (out / LAST).exists():
+        tables.write_json(out / CONFIG, config)
+        return None, f"--resume: {out} holds no {LAST} yet; starting from the beginning"
+    state = read_last(out)
+    tables.write_json(out / CONFIG, config)
+    recipe, was = config["recipe"], saved["recipe"]["steps"]
+    if recipe["schedule"] == "one-cycle" and recipe["steps"] > was:
+        return (
+            state,
+            f"the one-cycle rate, which had fallen over {was} steps, now falls over {recipe['steps']}",
+        )
+    return state, None
+
+
+def _check_same(out: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise TrainError where a resumed run would not be the one that was begun; more steps are allowed."""
+    was, is_ = _flat(saved), _flat(now)
+    was_steps, now_steps = was.pop("recipe.steps", 0), is_.pop("recipe.steps", 0)
+    differing = [
+        f"{name.removeprefix('recipe.')} was {_short(was.get(name))}, now {_short(is_.get(name))}"
+        for name in sorted((was.keys() | is_.keys()) - FREE)
+        if was.get(name) != is_.get(name) and name.split(".")[0] not in FREE
+    ]
+    if now_steps < was_steps:
+        differing.append(f"steps was {was_steps}, now {now_steps}")
+    if differing:
+        raise TrainError(
+            f"{out}: this run was begun otherwise: {'; '.join(differing)}. Give the same flags to --resume it "
+            "(only --steps may grow), or choose another --out"
+        )
+
+
+def save_last(out: Path, state: dict[str, Any]) -> None:
+    """Replace last.pt; `state` holds only tensors, numbers, strings, lists and dicts."""
+    with tables.atomic_write(out / LAST) as file:
+        torch.save(state, file)
+
+
+def read_last(folder: Path) -> dict[str, Any]:
+    """A run's training state, on the CPU; raises TrainError when there is none or it is damaged."""
+    path = folder / LAST
+    if not path.is_file():
+        raise TrainError(f"{path}: is not there; the run has not saved its state yet")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its zip reader or unpickler meets first
+        raise TrainError(
+            f"{path}: cannot be read ({_first_line(error)}); remove it and --resume starts from the beginning"
+        ) from error
+    return state
+
+
+def save_best(out: Path, state: dict[str, Tensor], *, step: int) -> None:
+    """Replace best.safetensors with these weights and buffers; the step goes into its header."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with tables.atomic_write(out / BEST) as file:
+        file.write(save(tensors, metadata={"step": str(step)}))
+
+
+def _best(folder: Path) -> dict[str, Tensor]:
+    path = folder / BEST
+    if not path.is_file():
+        raise TrainError(
+            f"{path}: is not there; the run has not been evaluated yet, let it train on with --resume"
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise TrainError(f"{path}: cannot be read ({error}); --weights last may still do") from error
+
+
+def keep_metrics_until(out: Path, step: int) -> None:
+    """Drop metrics.jsonl's lines of later steps, and a half-written last one: they will be made again."""
+    path = out / METRICS
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] <= step:
+            kept.append(row)
+    tables.write_jsonl(path, kept)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,154 @@
+"""Score whole clips with a trained network, and a whole run on the clips it held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from clipmill.augment import to_float
+from clipmill.errors import TrainError
+from clipmill.shards.read import Shards
+from clipmill.train.batches import WholeClipBatches, stream
+from clipmill.train.checkpoint import Run
+from clipmill.train.device import SECONDS_AT_ONCE
+from clipmill.train.metrics import confusions, main_figure, measure_scores
+from clipmill.train.objective import clip_loss, probabilities
+from clipmill.train.split import held_out_again, labelled
+
+Update = Callable[[int, str], None]
+
+
+@torch.inference_mode()
+def score_clips(
+    model: nn.Module,
+    features: nn.Module,
+    shards: Shards,
+    loss: str,
+    device: torch.device,
+    workers: int = 0,
+    update: Update = lambda done, facts: None,
+) -> tuple[NDArray[np.float32], float]:
+    """Probabilities `[clips, classes]` of whole clips, in the order of `shards`, and the mean loss of a clip.
+
+    Clips of one length are scored together, so that none is padded for another's sake.
+    `model` must be in evaluation mode.
+
+    Raises:
+        ShardError: a clip cannot be read.
+        TrainError: the network's answers are not finite.
+    """
+    batches = WholeClipBatches(shards, SECONDS_AT_ONCE[device.type] * shards.sample_rate)
+    scores = np.empty(shards.targets.shape, np.float32)
+    total, done = 0.0, 0
+    for batch in stream(batches, range(len(batches)), workers, pin=device.type == "cuda"):
+        waves = batch.waves.to(device, non_blocking=True)
+        logits = model(features(to_float(waves))).float()
+        scores[batch.rows.numpy()] = probabilities(logits, loss).cpu().numpy()
+        total += float(clip_loss(logits, batch.targets.to(device), loss)) * len(batch.rows)
+        done += len(batch.rows)
+        update(done, "")
+    if not np.isfinite(scores).all():
+        raise TrainError(
+            "the network answers NaN: its training has diverged; begin again with a lower --learning-rate"
+        )
+    return scores, total / len(shards)
+
+
+def evaluate_run(
+    run: Run,
+    shards: Shards,
+    device: torch.device,
+    *,
+    fold: int | None = None,
+    split: str | None = None,
+    workers: int = 0,
+    update: Update = lambda done, facts: None,
+) -> dict[str, Any]:
+    """Every figure of `measure_scores` for the clips chosen, with `confusions`, `loss` and what was scored.
+
+    The clips are those that the run held out, or those of `fold` and `split` (both: those of both).
+
+    Raises:
+        TrainError: the shards do not fit the run, or no clip is chosen.
+    """
+    check_fit(run, shards)
+    rows, what = choose_clips(run, shards, fold, split)
+    chosen = shards.take(rows)
+    scores, mean_loss = score_clips(run.model, run.features, chosen, run.loss, device, workers, update)
+    figures = measure_scores(chosen.targets, scores, run.labels, run.loss)
+    return {
+        "run": str(run.folder),
+        "weights": run.weights,
+        "model": run.config["model"],
+        "shards": str(shards.folder),
+        "scored": what,
+        "loss": mean_loss,
+        "main_figure": main_figure(run.loss),
+        "confusions": confusions(figures, run.labels),
+        **figures,
+    }
+
+
+def check_fit(run: Run, shards: Shards) -> None:
+    """Raise TrainError unless the shards have the run's classes and sample rate."""
+    if shards.labels != run.labels:
+        unknown = sorted(set(shards.labels) - set(run.labels))
+        lacking = sorted(set(run.labels) - set(shards.labels))
+        sides = (("unknown to the run", unknown), ("lacking", lacking))
+        parts = [f"{what}: {_few(names)}" for what, names in sides if names] or ["another order"]
+        raise TrainError(
+            f"{shards.folder}: its {len(shards.labels)} classes are not the {len(run.labels)} that {run.folder} "
+            f"was trained on ({'; '.join(parts)}); give --shards of the same dataset"
+        )
+    if shards.sample_rate != run.sample_rate:
+        raise TrainError(
+            f"{shards.folder}: is at {shards.sample_rate} Hz, while {run.folder} was trained at {run.sample_rate} Hz; "
+            f"make shards with `pipeline shard --sample-rate {run.sample_rate}`"
+        )
+
+
+def choose_clips(
+    run: Run, shards: Shards, fold: int | None, split: str | None
+) -> tuple[NDArray[np.int64], str]:
+    """The rows to score, and what they are in words; raises TrainError when there are none."""
+    if fold is None and split is None:
+        held = run.config["held_out"]
+        same = shards.info["root_sha256"] == run.config["root_sha256"]
+        if held["by"] == "groups" and not same:
+            raise TrainError(
+                f"{shards.folder}: {run.folder} held out some groups of other shards; say which clips to score "
+                "with --fold or --split (--split all: clips without a split)"
+            )
+        return _some(held_out_again(shards, held["by"], held["value"]), shards, _words(held))
+    chosen = labelled(shards)
+    if fold is not None:
+        chosen &= shards.folds == fold
+    if split is not None:
+        chosen &= shards.splits == split
+    what = " and ".join([f"fold {fold}"] * (fold is not None) + [f"split {split}"] * (split is not None))
+    return _some(np.flatnonzero(chosen), shards, what)
+
+
+def _some(rows: NDArray[np.int64], shards: Shards, what: str) -> tuple[NDArray[np.int64], str]:
+    if len(rows):
+        return rows, what
+    folds = sorted(set(shards.folds[shards.folds >= 0].tolist()))
+    raise TrainError(
+        f"{shards.folder}: no clip is in {what}; its folds are {', '.join(map(str, folds)) or 'none'} (--fold), "
+        f"its splits {', '.join(sorted(set(shards.splits.tolist())))} (--split)"
+    )
+
+
+def _words(held: dict[str, Any]) -> str:
+    return {"fold": f"fold {held['value']}", "split": f"split {held['value']}"}.get(
+        held["by"], f"the groups held out by seed {held['value']}"
+    )
+
+
+def _few(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,294 @@
+"""One training run, read from top to bottom: plan it, start or resume it, step, evaluate, save.
+
+The state of a run is its weights, their average, Adam's moments and the step: clips, learning
+rate and noise are pure functions of the step, so a resumed run goes on bit for bit (on one
+CPU, with as many threads).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clipmill import __version__
+from clipmill.augment import crop, mix_between_class, mix_standard, specaugment, to_float
+from clipmill.errors import ConfigError, TrainError
+from clipmill.features import LogMel
+from clipmill.shards.read import Shards
+from clipmill.train import checkpoint
+from clipmill.train.batches import Batch, StepBatches, stream
+from clipmill.train.ema import Ema
+from clipmill.train.evaluate import score_clips
+from clipmill.train.log import Log
+from clipmill.train.metrics import main_figure, measure_scores
+from clipmill.train.objective import choose_loss, clip_loss
+from clipmill.train.recipes import Recipe, learning_rate_at
+from clipmill.train.sampler import step_seed
+from clipmill.train.split import Split, choose_split
+from clipmill_models import ModelError, create_model
+
+WIDEST_STRIPE = 64
+"""Frames of SpecAugment's widest stripe over time, as in PANNs; crops below 4 s get an eighth of their own."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a run is made from; `config` is what config.json says of it, `notes` what to tell the user."""
+
+    shards: Shards
+    split: Split
+    recipe: Recipe
+    seed: int
+    device: torch.device
+    config: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def default_out(self) -> Path:
+        """runs/<dataset>-<model>-<what is held out>."""
+        return Path("runs") / f"{self.shards.name}-{self.config['model']}-{self.split.tag}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the step it stands at, and the figures of its best and its last evaluation.
+
+    `done` is False for a run that was stopped; `ran` is how many steps this call made.
+    """
+
+    step: int
+    done: bool
+    ran: int
+    best: dict[str, Any] | None
+    last: dict[str, Any] | None
+
+
+def plan_run(
+    shards: Shards,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    fold: int | None = None,
+    seed: int = 0,
+    allow_leak: bool = False,
+) -> Plan:
+    """Decide everything about a run, and write nothing.
+
+    Raises:
+        ConfigError: the recipe's model is not known.
+        TrainError: the clips cannot be split, or have fewer than two classes.
+    """
+    if len(shards.labels) < 2:
+        raise TrainError(f"{shards.folder}: has {len(shards.labels)} class; a tagger needs at least two")
+    split = choose_split(shards, fold, seed, allow_leak=allow_leak)
+    features = LogMel(sample_rate=shards.sample_rate)
+    loss = choose_loss(shards.targets, recipe.loss)
+    with torch.device("meta"):
+        name = _create(recipe.model, len(shards.labels), features).name
+    config = {
+        "dataset": shards.name,
+        "shards": str(shards.folder.resolve()),
+        "root_sha256": shards.info["root_sha256"],
+        "clips": {"train": len(split.train), "held_out": len(split.held_out)},
+        "held_out": {"by": split.by, "value": split.value},
+        "labels": shards.labels,
+        "sample_rate": shards.sample_rate,
+        "features": features.config,
+        "model": name,
+        "loss": loss,
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "allow_leak": allow_leak,
+        "device": str(device),
+        "versions": {"clipmill": __version__, "torch": torch.__version__, "numpy": np.__version__},
+    }
+    unlearnable = [shards.labels[c] for c in np.flatnonzero(shards.targets[split.train].sum(0) == 0)]
+    notes = [f"{len(split.train)} clips to train on, {len(split.held_out)} held out: {split.why}"]
+    if unlearnable:
+        notes.append(
+            f"cannot be learnt, for no clip to train on has it: {', '.join(unlearnable[:5])}"
+            + (f" and {len(unlearnable) - 5} more" if len(unlearnable) > 5 else "")
+        )
+    return Plan(shards, split, recipe, seed, device, config, tuple(notes))
+
+
+def train(
+    plan: Plan,
+    out: Path,
+    *,
+    resume: bool = False,
+    workers: int = 0,
+    save_every: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    update: Callable[[int, str], None] = lambda done, facts: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Train, evaluate and save under `out`.
+
+    Args:
+        plan: from `plan_run`.
+        out: the run's folder; see `checkpoint` for what it comes to hold.
+        resume: go on with the run that is there, from its last saved step.
+        workers: processes that read clips ahead.
+        save_every: steps between two saves of last.pt, beside those at each evaluation.
+        say: called with a line for a person.
+        update: called with (steps done, facts) after each step.
+        stop: asked after each step; True saves and returns.
+
+    Raises:
+        TrainError: see `checkpoint.start_or_resume`; or the loss is no longer finite.
+        ShardError: a clip cannot be read.
+    """
+    recipe, device = plan.recipe, plan.device
+    state, note = checkpoint.start_or_resume(out, plan.config, resume=resume)
+    if note:
+        say(note)
+    features = LogMel(**plan.config["features"]).to(device)
+    model = _fresh_model(plan, features)
+    ema = Ema(model, recipe.ema_decay, warmup=recipe.ema_warmup)
+    optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)
+    start, best, last = 0, None, None
+    if state:
+        start, best, last = _restore(state, out, model, ema, optimizer)
+    if start >= recipe.steps:
+        return Outcome(start, True, 0, best, last)
+    if start:
+        say(f"going on from step {start} of {recipe.steps}")
+    clips = plan.shards.take(plan.split.train)
+    held_out = plan.shards.take(plan.split.held_out)
+    noise = torch.Generator(device)
+    batches = stream(
+        StepBatches(clips, plan.seed, recipe.batch_size),
+        range(start, recipe.steps),
+        workers,
+        pin=device.type == "cuda",
+    )
+    with Log(out, start, recipe.batch_size) as log:
+        for done, batch in enumerate(batches, start + 1):
+            step = done - 1
+            _seed(step_seed(plan.seed, step), noise)
+            rate = learning_rate_at(recipe, step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            inputs, targets = prepare(batch, features, recipe, noise)
+            loss = clip_loss(model(inputs), targets, plan.config["loss"])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            ema.update(model, step)
+
+            evaluating = done % recipe.eval_every == 0 or done == recipe.steps
+            stopping = stop() and done < recipe.steps
+            saving = evaluating or stopping or (save_every is not None and done % save_every == 0)
+            log.train(done, loss, rate, look=saving)
+            if evaluating:
+                last = _evaluate(plan, ema.module, features, held_out, workers, done)
+                log.evaluation(last)
+                if best is None or _main(last) > _main(best):
+                    best = last
+                    checkpoint.save_best(out, ema.module.state_dict(), step=done)
+            if saving:
+                checkpoint.save_last(out, _state(done, model, ema, optimizer, best, last))
+            update(done, _facts(log.loss, last))
+            if stopping:
+                return Outcome(done, False, done - start, best, last)
+    return Outcome(recipe.steps, True, recipe.steps - start, best, last)
+
+
+def prepare(batch: Batch, features: LogMel, recipe: Recipe, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A batch as it is learnt from: crop, mix, log-mel, mask, all on the device of `noise`.
+
+    Returns:
+        float32 log-mel `[B, bins, frames]`, and soft targets `[B, classes]`.
+    """
+    rate = features.settings.sample_rate
+    waves, lengths, targets = (part.to(noise.device, non_blocking=True) for part in batch[:3])
+    if recipe.crop_s:
+        waves = crop(waves, lengths, round(recipe.crop_s * rate), noise)
+    sound = to_float(waves)
+    if recipe.mixup == "standard":
+        sound, targets = mix_standard(sound, targets, noise)
+    elif recipe.mixup == "between-class":
+        sound, targets = mix_between_class(sound, targets, rate, noise)
+    mel = features(sound)
+    if recipe.specaugment:
+        mel = specaugment(mel, noise, time_width=min(WIDEST_STRIPE, mel.shape[2] // 8))
+    return mel, targets
+
+
+def _create(name: str, classes: int, features: LogMel) -> Any:
+    try:
+        return create_model(name, classes, in_bins=features.config["n_mels"])
+    except ModelError as error:
+        raise ConfigError(f"--model {name}: {error}") from error
+
+
+def _fresh_model(plan: Plan, features: LogMel) -> nn.Module:
+    """The network with weights drawn by the run's seed, which leaves the caller's random stream alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.seed)
+        model = _create(plan.config["model"], len(plan.config["labels"]), features)
+    # Channels last in memory is what convolutions are fastest in, on a CPU as well: a fifth off each step.
+    return model.to(plan.device, memory_format=torch.channels_last).train()
+
+
+def _evaluate(
+    plan: Plan, model: nn.Module, features: nn.Module, held_out: Shards, workers: int, step: int
+) -> dict[str, Any]:
+    """The figures of the averaged weights on the clips held out, whole, without the tables."""
+    loss = plan.config["loss"]
+    scores, mean_loss = score_clips(model, features, held_out, loss, plan.device, workers)
+    figures = measure_scores(held_out.targets, scores, plan.shards.labels, loss)
+    short = {name: value for name, value in figures.items() if not isinstance(value, list)}
+    return {"step": step, "main_figure": main_figure(loss), "loss": mean_loss, **short}
+
+
+def _main(figures: dict[str, Any]) -> float:
+    value = figures[figures["main_figure"]]
+    return -1.0 if value is None else float(value)
+
+
+def _facts(loss: float, last: dict[str, Any] | None) -> str:
+    """What stands beside the progress bar."""
+    facts = [] if math.isnan(loss) else [f"loss {loss:.3f}"]  # not measured yet
+    return ", ".join(facts + ([f"{last['main_figure']} {_main(last):.3f}"] if last else []))
+
+
+def _seed(seed: int, noise: torch.Generator) -> None:
+    """Seed all that is random in a step: the augmentation, and the global stream, which dropout draws from."""
+    noise.manual_seed(seed)
+    torch.manual_seed(seed)
+
+
+def _state(
+    step: int, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, best: Any, last: Any
+) -> dict[str, Any]:
+    return {
+        "step": step,
+        "model": model.state_dict(),
+        "ema": ema.module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "best": best,
+        "last": last,
+    }
+
+
+def _restore(
+    state: dict[str, Any], out: Path, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, Any] | None, dict[str, Any] | None]:
+    try:
+        model.load_state_dict(state["model"])
+        ema.module.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"]), state["best"], state["last"]
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise TrainError(
+            f"{out / checkpoint.LAST}: is not of this run ({error}); remove it and --resume starts from the beginning"
+        ) from error

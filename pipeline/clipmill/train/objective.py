@@ -1,0 +1,31 @@
+"""What a network is trained towards: one class a clip, or any number."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def choose_loss(targets: NDArray[np.float32], asked: str = "auto") -> str:
+    """ "softmax" or "sigmoid" for targets `[clips, classes]`: sigmoid once any clip has several classes."""
+    if asked != "auto":
+        return asked
+    return "sigmoid" if (targets.sum(1) > 1).any() else "softmax"
+
+
+def clip_loss(logits: Tensor, targets: Tensor, loss: str) -> Tensor:
+    """Mean over the batch, a scalar, of logits and soft targets `[B, classes]`.
+
+    "softmax" is cross-entropy (targets become shares that sum to 1); "sigmoid" is binary
+    cross-entropy, the mean over the classes too.
+    """
+    if loss == "sigmoid":
+        return F.binary_cross_entropy_with_logits(logits, targets)
+    return F.cross_entropy(logits, targets / targets.sum(1, keepdim=True))
+
+
+def probabilities(logits: Tensor, loss: str) -> Tensor:
+    """Logits `[B, classes]` -> 0..1, which with "softmax" sum to 1 for each clip."""
+    return logits.sigmoid() if loss == "sigmoid" else logits.softmax(1)

@@ -1,0 +1,134 @@
+"""Which clips a run learns from and which it holds out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipmill.errors import TrainError
+from clipmill.shards.read import Shards
+from clipmill.types import NO_SPLIT
+
+HELD_OUT_PART = 0.1
+"""How much is held out, in groups, where the dataset says nothing."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows to train on and rows held out (int64, ascending), and how that was decided.
+
+    `by` is "fold", "split" or "groups"; `value` is the fold, the split's name, or the seed
+    that drew the groups; `why` tells a person.
+    """
+
+    by: str
+    value: int | str
+    train: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+    why: str
+
+    @property
+    def tag(self) -> str:
+        """A short name for file names: fold1, eval, groups."""
+        return {"fold": f"fold{self.value}", "split": str(self.value)}.get(self.by, self.by)
+
+
+def choose_split(shards: Shards, fold: int | None, seed: int, *, allow_leak: bool = False) -> Split:
+    """Hold out `fold`; without one the dataset's own split, else its lowest fold, else a tenth of its groups.
+
+    With a fold, clips whose split is valid or eval are left out of training too. Clips
+    without a label teach nothing and cannot be scored: they stand on neither side.
+
+    Raises:
+        TrainError: the fold is not there, a side is empty, or a group stands on both sides
+            and `allow_leak` is not given.
+    """
+    if fold is not None:
+        split = _by_fold(shards, fold, f"fold {fold} is held out")
+    elif held := next((name for name in ("valid", "eval") if (shards.splits == name).any()), None):
+        train = np.isin(shards.splits, ("train", NO_SPLIT))
+        why = f"the dataset's own split: {held} is held out"
+        split = _split(shards, "split", held, train, shards.splits == held, why)
+    elif (shards.folds >= 0).any():
+        lowest = int(shards.folds[shards.folds >= 0].min())
+        split = _by_fold(shards, lowest, f"fold {lowest}, the lowest, is held out; --fold chooses another")
+    else:
+        held_out = _some_groups(shards.groups, seed)
+        why = f"no folds and no splits: {HELD_OUT_PART:.0%} of the groups, drawn by seed {seed}, are held out"
+        split = _split(shards, "groups", seed, ~held_out, held_out, why)
+    _check_sides(shards, split)
+    if not allow_leak:
+        _check_groups(shards, split)
+    return split
+
+
+def held_out_again(shards: Shards, by: str, value: Any) -> NDArray[np.int64]:
+    """The rows that `Split.held_out` held, from what a run's config.json keeps of it."""
+    if by == "fold":
+        chosen = shards.folds == int(value)
+    elif by == "split":
+        chosen = shards.splits == value
+    else:
+        chosen = _some_groups(shards.groups, int(value))
+    return np.flatnonzero(chosen & labelled(shards))
+
+
+def labelled(shards: Shards) -> NDArray[np.bool_]:
+    """`[clips]`: whether a clip has any label."""
+    return np.asarray(shards.targets.any(axis=1))
+
+
+def _by_fold(shards: Shards, fold: int, why: str) -> Split:
+    there = sorted(set(shards.folds[shards.folds >= 0].tolist()))
+    if fold not in there:
+        found = f"there are {', '.join(map(str, there))}" if there else "these clips have no folds"
+        mend = "leave --fold away" if not there else "choose one with --fold"
+        raise TrainError(f"no clip is in fold {fold}: {found}; {mend}")
+    held_out = shards.folds == fold
+    train = ~held_out & np.isin(shards.splits, ("train", NO_SPLIT))
+    return _split(shards, "fold", fold, train, held_out, why)
+
+
+def _split(
+    shards: Shards,
+    by: str,
+    value: int | str,
+    train: NDArray[np.bool_],
+    held_out: NDArray[np.bool_],
+    why: str,
+) -> Split:
+    known = labelled(shards)
+    if lost := int((~known & (train | held_out)).sum()):
+        why += f"; {lost} clip{'s' * (lost > 1)} without a label left out"
+    return Split(by, value, np.flatnonzero(train & known), np.flatnonzero(held_out & known), why)
+
+
+def _some_groups(groups: NDArray[Any], seed: int) -> NDArray[np.bool_]:
+    """Whether each clip's group is among the tenth (at least one) that stand first by a seeded hash."""
+    names = sorted(set(groups.tolist()))
+    names.sort(key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    return np.isin(groups, names[: math.ceil(len(names) * HELD_OUT_PART)])
+
+
+def _check_sides(shards: Shards, split: Split) -> None:
+    for rows, side in ((split.train, "to train on"), (split.held_out, "to hold out")):
+        if not len(rows):
+            raise TrainError(
+                f"of {len(shards)} clips none is left {side} ({split.why}); choose other clips with --fold"
+            )
+
+
+def _check_groups(shards: Shards, split: Split) -> None:
+    both = sorted(set(shards.groups[split.train].tolist()) & set(shards.groups[split.held_out].tolist()))
+    if both:
+        named = ", ".join(both[:3]) + (", ..." if len(both) > 3 else "")
+        raise TrainError(
+            f"{len(both)} group{'s' * (len(both) > 1)} stand{'s' * (len(both) == 1)} both in training and "
+            f"among the clips held out ({split.why}): {named}. The figures would flatter the model; mend the "
+            "dataset's folds or groups, choose another --fold, or accept it with --allow-leak"
+        )

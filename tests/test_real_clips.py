@@ -1,0 +1,168 @@
+"""The real clips the whole way: ESC-10 as Ogg Vorbis, and the files that decoders are tested with."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import soundfile
+import webdataset
+
+from clipmill import tables
+from clipmill.audio.ffmpeg import ffmpeg_program
+from conftest import SHARED
+
+pytestmark = pytest.mark.shared_data
+
+ESC10_LABELS = (
+    "--labels", SHARED / "esc10/esc10.csv", "--file-column", "filename", "--label-column", "category",
+    "--fold-column", "fold", "--group-column", "src_file",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def esc10(run, tmp_path_factory) -> Path:
+    """A root with the 200 clips fetched, and sharded as tars and as HDF5."""
+    root = tmp_path_factory.mktemp("data")
+    done = run(
+        "fetch", "folder", "--name", "esc10", "--from", SHARED / "esc10/audio", *ESC10_LABELS, "--root", root
+    )
+    assert done.returncode == 0, done.stderr
+    for form in ("webdataset", "hdf5"):
+        done = run("shard", "esc10", "--root", root, "--format", form, "--clips-per-shard", 64, "--jobs", 2)
+        assert done.returncode == 0, done.stderr
+    return root / "esc10/shards"
+
+
+def ffmpeg_decode(path: Path, rate: int) -> np.ndarray:
+    """Decode by the ffmpeg program alone to mono float32 at `rate` Hz."""
+    command = [
+        ffmpeg_program(), "-loglevel", "error", "-i", str(path), "-ac", "1",
+        "-af", f"aresample={rate}:resampler=soxr:precision=28", "-f", "f32le", "pipe:",
+    ]  # fmt: skip
+    return np.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, np.float32)
+
+
+def snr_db(reference: np.ndarray, other: np.ndarray) -> float:
+    noise = float(((reference - other) ** 2).sum())
+    return 10 * np.log10(float((reference**2).sum()) / max(noise, 1e-30))
+
+
+def read_tars(folder: Path) -> dict[str, tuple[np.ndarray, dict]]:
+    """Every clip as the webdataset library and soundfile read it."""
+    found = {}
+    for sample in webdataset.WebDataset(sorted(map(str, folder.glob("*.tar"))), shardshuffle=False):
+        wave, rate = soundfile.read(io.BytesIO(sample["flac"]), dtype="int16")
+        assert rate == 44100
+        found[sample["__key__"]] = wave, json.loads(sample["json"])
+    return found
+
+
+def test_every_clip_is_what_ffmpeg_decodes_padded_with_zeros_to_whole_seconds(esc10):
+    clips = read_tars(esc10 / "webdataset-flac-44100")
+    assert len(clips) == 200
+    worst = np.inf
+    for wave, facts in clips.values():
+        oracle = ffmpeg_decode(SHARED / "esc10/audio" / facts["source"], 44100)
+        assert len(wave) == facts["samples"] == -(-len(oracle) // 44100) * 44100
+        assert not wave[len(oracle) :].any()
+        # Rounding to 16 bits is all that differs (half a step; two Vorbis decoders, a hair), and the top of the scale.
+        expected = np.clip(oracle, -1, 32767 / 32768)
+        assert np.abs(wave[: len(oracle)] / 32768 - expected).max() <= 0.52 / 32768
+        worst = min(worst, snr_db(expected, wave[: len(oracle)] / 32768))
+    assert worst > 45  # dB; that of the quietest clip, at -47 dB RMS
+
+
+def test_resampled_clips_agree_with_ffmpegs_own_resampler(run, esc10, tmp_path):
+    done = run("shard", "esc10", "--root", esc10.parents[1], "--sample-rate", 32000, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    index = tables.read_table(tmp_path / "index.parquet", tables.INDEX).to_pylist()
+    from clipmill.shards.read import Shards
+
+    shards = Shards.open(tmp_path)
+    ratios = []
+    for row in range(0, 200, 5):
+        oracle = ffmpeg_decode(SHARED / "esc10/audio" / index[row]["source"], 32000)
+        wave = shards.read(row)[: len(oracle)] / 32768
+        inner = slice(200, len(oracle) - 200)  # filters of different lengths begin and end differently
+        ratios.append(snr_db(oracle[inner], wave[inner]))
+    assert min(ratios) > 40
+    assert np.median(ratios) > 60
+
+
+def test_hdf5_holds_the_same_samples_as_the_tars(esc10):
+    tars = read_tars(esc10 / "webdataset-flac-44100")
+    seen = 0
+    for path in sorted((esc10 / "hdf5-pcm16-44100").glob("*.h5")):
+        with h5py.File(path) as file:
+            labels = json.loads(file.attrs["labels"])
+            for name, wave, target in zip(file["audio_name"], file["waveform"], file["target"], strict=True):
+                expected, facts = tars[name.decode()]
+                assert np.array_equal(wave, expected)
+                assert [label for label, on in zip(labels, target, strict=True) if on] == facts["labels"]
+                seen += 1
+    assert seen == 200
+
+
+def test_inspect_and_verify_tell_the_truth_of_them(run, esc10):
+    folder = esc10 / "webdataset-flac-44100"
+    said = json.loads(run("inspect", folder, "--json").stdout)
+    assert said["clips"] == 200
+    assert set(said["labels"].values()) == {20}
+    assert said["folds"] == {str(fold): 40 for fold in range(1, 6)}
+    assert said["duration_s"]["min"] == pytest.approx(3.64, abs=0.01)
+    assert json.loads(run("verify", folder, "--json").stdout)["sound"]
+
+
+def test_every_nasty_file_is_a_clip_or_a_row_with_a_reason(run, tmp_path):
+    files = {
+        path.relative_to(SHARED / "nasty").as_posix()
+        for path in (SHARED / "nasty").rglob("*")
+        if path.is_file()
+    }
+    assert (
+        run("fetch", "folder", "--name", "nasty", "--from", SHARED / "nasty", "--root", tmp_path).returncode
+        == 0
+    )
+    done = run("shard", "nasty", "--root", tmp_path, "--out", tmp_path / "s")
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    written = tables.read_table(tmp_path / "s/index.parquet", tables.INDEX).to_pylist()
+    lost = tables.read_jsonl(tmp_path / "s/failures.jsonl")
+    assert {row["source"] for row in written} | {row["source"] for row in lost} == files
+    assert len(written) + len(lost) == len(files)
+    counts = tables.read_json(tmp_path / "s/dataset.json")["counts"]
+    assert counts["in"] == len(files) == counts["written"] + counts["failed"] + counts["skipped"]
+    assert counts["reasons"] == dict(Counter(row["reason"] for row in lost))
+    assert len(written) >= 36  # decoders may learn to read more of them
+    for row in written:
+        assert row["samples"] % 44100 == 0
+
+
+def test_nasty_files_give_the_same_account_from_any_number_of_jobs(run, tmp_path):
+    run("fetch", "folder", "--name", "nasty", "--from", SHARED / "nasty", "--root", tmp_path)
+    for jobs in (1, 2):
+        run(
+            "shard",
+            "nasty",
+            "--root",
+            tmp_path,
+            "--out",
+            tmp_path / str(jobs),
+            "--jobs",
+            jobs,
+            "--clips-per-shard",
+            16,
+        )
+    for path in (tmp_path / "1").iterdir():
+        assert (
+            hashlib.sha256(path.read_bytes()).digest()
+            == hashlib.sha256((tmp_path / "2" / path.name).read_bytes()).digest()
+        )

@@ -1,0 +1,565 @@
+"""Training: what is held out, what is exact to resume, what is refused, and that it learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from clipmill import tables
+from clipmill.errors import ConfigError, ShardError, TrainError
+from clipmill.features import LogMel
+from clipmill.shards.job import make_shards
+from clipmill.shards.plan import ShardSpec
+from clipmill.shards.read import Shards
+from clipmill.train.batches import StepBatches, WholeClipBatches, stream
+from clipmill.train.checkpoint import read_last
+from clipmill.train.device import pick_device
+from clipmill.train.ema import Ema, decay_at
+from clipmill.train.loop import Outcome, Plan, plan_run, prepare, train
+from clipmill.train.objective import choose_loss, clip_loss
+from clipmill.train.recipes import RECIPES, Recipe, choose_recipe, describe, learning_rate_at
+from clipmill.train.split import choose_split, held_out_again
+
+RATE = 16000
+CPU = torch.device("cpu")
+TINY = Recipe(
+    "tiny", "erann-3-1", steps=4, batch_size=4, learning_rate=1e-3, crop_s=1.0, ema_decay=0.9, eval_every=2
+)
+CLASSES = ("hiss", "hum", "whistle")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small networks on busy machines: two threads spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def sound_of(label: str, seconds: float, seed: int) -> np.ndarray:
+    """One clip of a class that cannot be mistaken: noise, a low tone or a high one."""
+    rng = np.random.default_rng(seed)
+    time_s = np.arange(round(seconds * RATE)) / RATE
+    frequency = {"hum": 120.0, "whistle": 3000.0}.get(label.split("+")[0], 0.0) * rng.uniform(0.9, 1.1)
+    wave = np.sin(2 * np.pi * frequency * time_s) if frequency else rng.standard_normal(len(time_s)) / 3
+    return 0.3 * wave + 0.01 * rng.standard_normal(len(time_s))
+
+
+def shards_of(root: Path, clips: int = 24, *, seconds: float | None = None, **columns: list[Any]) -> Path:
+    """Real shards of `clips` easy clips of 1 or 2 s, or of `seconds`; columns replace those of the manifest."""
+    media = root / "media"
+    media.mkdir(parents=True)
+    labels = [CLASSES[n % 3] for n in range(clips)]
+    names = [f"clip-{n:03d}" for n in range(clips)]
+    for n, (label, stem) in enumerate(zip(labels, names, strict=True)):
+        soundfile.write(media / f"{stem}.wav", sound_of(label, seconds or 0.6 + (n % 4) * 0.35, n), RATE)
+    manifest = tables.manifest_table({
+        "key": names,
+        "source": [f"{stem}.wav" for stem in names],
+        "labels": [[label] for label in labels],
+        "fold": [1 + n // 3 % 4 for n in range(clips)],
+        **columns,
+    })  # fmt: skip
+    spec = ShardSpec(sample_rate=RATE, clips_per_shard=10)
+    make_shards("easy", manifest, [], media, root / "shards", spec)
+    return root / "shards"
+
+
+@pytest.fixture(scope="module")
+def easy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shards_of(tmp_path_factory.mktemp("easy"))
+
+
+def plan_of(where: Path, recipe: Recipe = TINY, **options: Any) -> Plan:
+    return plan_run(Shards.open(where), recipe, CPU, **options)
+
+
+def lines(out: Path, kind: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def same_state(one: Any, other: Any) -> bool:
+    """Bit for bit, whatever tensors, dicts and lists it holds."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_state(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same_state, one, other))
+    return bool(one == other)
+
+
+# What a run leaves behind
+
+
+def test_a_run_learns_and_leaves_what_it_says_it_leaves(tmp_path):
+    recipe = Recipe("x", "erann-3-1", steps=32, batch_size=8, learning_rate=1e-3, crop_s=1.0, mixup="none",
+                    ema_decay=0.8, eval_every=8)  # fmt: skip
+    where, out = shards_of(tmp_path, seconds=1.0), tmp_path / "run"
+    plan = plan_of(where, recipe, fold=2)
+    seen: list[tuple[int, str]] = []
+    outcome = train(plan, out, update=lambda done, facts: seen.append((done, facts)))
+    assert outcome.done
+    assert outcome.step == outcome.ran == 32
+    assert outcome.best is not None
+    assert outcome.best["accuracy"] >= 0.8
+    config = json.loads((out / "config.json").read_text())
+    assert config["held_out"] == {"by": "fold", "value": 2}
+    assert config["labels"] == list(CLASSES)
+    assert config["model"] == "erann-3-1"
+    assert config["sample_rate"] == config["features"]["sample_rate"] == RATE
+    assert config["clips"] == {"train": 18, "held_out": 6}
+    assert config["root_sha256"] == Shards.open(where).info["root_sha256"]
+    assert LogMel(**config["features"]).config == config["features"]
+    losses = [row["loss"] for row in lines(out, "train")]
+    assert losses[-1] < losses[0]
+    assert [row["step"] for row in lines(out, "eval")] == [8, 16, 24, 32]
+    assert list(out.glob("events.out.tfevents.*"))
+    state = torch.load(out / "last.pt", weights_only=True)
+    assert state["step"] == 32
+    best = load_file(out / "best.safetensors")
+    assert best.keys() == state["ema"].keys()
+    assert "norm.running_mean" in best
+    assert [done for done, _ in seen] == list(range(1, 33))
+    assert "accuracy" in seen[-1][1]
+    assert sorted(path.name.partition(".")[0] for path in out.iterdir()) == [
+        "best",
+        "config",
+        "events",
+        "last",
+        "metrics",
+    ]
+
+
+def test_ties_keep_the_earlier_weights(easy, tmp_path):
+    """A learning rate too small to change any answer leaves every evaluation equal."""
+    recipe = Recipe(
+        "x", "erann-3-1", steps=3, batch_size=2, learning_rate=1e-12, crop_s=1.0, ema_decay=0.0, eval_every=1
+    )
+    outcome = train(plan_of(easy, recipe), tmp_path)
+    accuracies = [row["accuracy"] for row in lines(tmp_path, "eval")]
+    assert outcome.best is not None
+    assert outcome.best["step"] == 1 + accuracies.index(max(accuracies))
+
+
+def test_clips_with_several_labels_are_learnt_by_sigmoid_and_judged_by_map(tmp_path):
+    labels = [["hum", "hiss"] if n % 3 == 1 else [CLASSES[n % 3]] for n in range(24)]
+    outcome = train(plan_of(shards_of(tmp_path, labels=labels)), tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["loss"] == "sigmoid"
+    assert outcome.best is not None
+    assert outcome.best["main_figure"] == "map"
+    assert outcome.best["accuracy"] is None
+    assert outcome.best["map"] > 0
+
+
+# Resuming
+
+
+def command(where: Path, out: Path, *more: str) -> list[str]:
+    flags = "--fold 1 --model erann-3-1 --steps 16 --batch-size 4 --crop-s 1 --eval-every 8 --save-every 2 --device cpu"
+    return [
+        sys.executable,
+        "-m",
+        "clipmill",
+        "train",
+        "--shards",
+        str(where),
+        "--out",
+        str(out),
+        *flags.split(),
+        *more,
+    ]
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def signal_after_first_save(out: Path, process: subprocess.Popen[str], number: int) -> str:
+    while not (out / "last.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.communicate(timeout=120)[1]
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(easy, tmp_path):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    done = start(*command(easy, straight))
+    assert done.communicate(timeout=120)[0].startswith("best: accuracy")
+    assert done.returncode == 0
+    killed = start(*command(easy, broken))
+    signal_after_first_save(broken, killed, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    assert 0 < read_last(broken)["step"] < 16
+    # A line that was being written when the power went.
+    with open(broken / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "lo')
+    # Other workers, the same clips.
+    resumed = start(*command(easy, broken, "--resume", "--workers", "2"))
+    assert "going on from step" in resumed.communicate(timeout=120)[1]
+    assert resumed.returncode == 0
+    assert same_state(read_last(straight), read_last(broken))
+    assert (straight / "best.safetensors").read_bytes() == (broken / "best.safetensors").read_bytes()
+    kept = [{k: v for k, v in row.items() if k != "clips_per_s"} for row in lines(broken, "train")]
+    assert kept == [{k: v for k, v in row.items() if k != "clips_per_s"} for row in lines(straight, "train")]
+    assert lines(broken, "eval") == lines(straight, "eval")
+
+
+def test_sigterm_saves_the_step_it_stands_at_and_says_how_to_go_on(easy, tmp_path):
+    process = start(*command(easy, tmp_path, "--steps", "4000", "--eval-every", "4000", "--workers", "1"))
+    said = signal_after_first_save(tmp_path, process, signal.SIGTERM)
+    assert process.returncode == 130
+    assert "--resume goes on" in said
+    assert "Traceback" not in said
+    assert f"stopped at step {read_last(tmp_path)['step']} of 4000" in said
+
+
+def test_stopping_and_resuming_in_one_process_changes_nothing(easy, tmp_path):
+    plan = plan_of(easy)
+    train(plan, tmp_path / "straight")
+    asked: list[int] = []
+    stopped = train(plan, tmp_path / "broken", stop=lambda: bool(asked.append(1)) or len(asked) == 3)
+    assert not stopped.done
+    assert stopped.step == 3
+    said: list[str] = []
+    outcome = train(plan, tmp_path / "broken", resume=True, say=said.append)
+    assert said == ["going on from step 3 of 4"]
+    assert outcome.ran == 1
+    assert same_state(read_last(tmp_path / "straight"), read_last(tmp_path / "broken"))
+
+
+def test_the_callers_random_stream_does_not_decide_a_run(easy, tmp_path):
+    for seed, name in ((1, "a"), (2, "b")):
+        torch.manual_seed(seed)
+        train(plan_of(easy), tmp_path / name)
+    assert same_state(read_last(tmp_path / "a"), read_last(tmp_path / "b"))
+
+
+def test_resuming_a_finished_run_says_so_and_more_steps_train_on(easy, tmp_path):
+    first = train(plan_of(easy), tmp_path)
+    assert train(plan_of(easy), tmp_path, resume=True) == Outcome(4, True, 0, first.best, first.last)
+    longer = Recipe(**{**TINY.__dict__, "steps": 6})
+    assert train(plan_of(easy, longer), tmp_path, resume=True).ran == 2
+    assert json.loads((tmp_path / "config.json").read_text())["recipe"]["steps"] == 6
+    with pytest.raises(TrainError, match="steps was 6, now 4"):
+        train(plan_of(easy), tmp_path, resume=True)
+
+
+def test_resuming_where_nothing_was_saved_starts_from_the_beginning_and_says_so(easy, tmp_path):
+    said: list[str] = []
+    assert train(plan_of(easy), tmp_path, resume=True, say=said.append).ran == 4
+    (tmp_path / "last.pt").unlink()
+    assert train(plan_of(easy), tmp_path, resume=True, say=said.append).ran == 4
+    assert ["starting from the beginning" in line for line in said] == [True, True]
+
+
+# What is refused
+
+
+def test_a_folder_with_a_run_is_never_written_over(easy, tmp_path):
+    train(plan_of(easy), tmp_path)
+    before = (tmp_path / "best.safetensors").read_bytes()
+    with pytest.raises(TrainError, match=r"already holds a run; --resume .* another --out"):
+        train(plan_of(easy), tmp_path)
+    other = Recipe(**{**TINY.__dict__, "learning_rate": 0.5, "mixup": "none"})
+    with pytest.raises(
+        TrainError, match=r"learning_rate was 0.001, now 0.5; mixup was 'between-class', now 'none'"
+    ):
+        train(plan_of(easy, other), tmp_path, resume=True)
+    with pytest.raises(TrainError, match=r"held_out\.value was 1, now 3"):
+        train(plan_of(easy, fold=3), tmp_path, resume=True)
+    assert (tmp_path / "best.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", b"PK\x03\x04junk"])
+def test_a_damaged_last_pt_is_named(easy, tmp_path, damage):
+    train(plan_of(easy), tmp_path)
+    (tmp_path / "last.pt").write_bytes(damage)
+    with pytest.raises(TrainError, match=r"last.pt: cannot be read .* remove it"):
+        train(plan_of(easy), tmp_path, resume=True)
+
+
+def test_a_loss_that_is_no_number_names_the_step_and_the_flag(easy, tmp_path):
+    wild = Recipe(**{**TINY.__dict__, "learning_rate": 1e30})
+    with pytest.raises(TrainError, match=r"(?s)the loss is nan at step \d .*--learning-rate"):
+        train(plan_of(easy, wild), tmp_path)
+    assert not (tmp_path / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_shard_is_named_with_the_clip_whatever_the_workers(easy, tmp_path, workers):
+    where = shutil.copytree(easy, tmp_path / "shards")
+    plan = plan_of(where)
+    for shard in where.glob("*.tar"):
+        shard.write_bytes(b"\0" * shard.stat().st_size)
+    with pytest.raises(ShardError, match=r"\.tar: clip clip-\d+ cannot be read"):
+        train(plan, tmp_path / "run", workers=workers)
+
+
+def test_a_model_that_is_none_is_refused_before_anything_is_written(easy, tmp_path):
+    with pytest.raises(ConfigError, match=r"--model resnet: .*erann-"):
+        plan_of(easy, Recipe("x", "resnet", steps=1))
+
+
+def test_devices_are_checked():
+    assert pick_device("cpu") == CPU
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ConfigError, match="allowed are auto, cpu, cuda"):
+        pick_device("tpu")
+    with pytest.raises(ConfigError, match=r"finds .* CUDA device.*--device cpu"):
+        pick_device("cuda:99")
+
+
+def test_the_command_ends_bad_usage_with_one_line_and_its_code(easy, tmp_path, run: Callable[..., Any]):
+    wrong = run("train", "--shards", easy, "--steps", "0")
+    assert (wrong.returncode, wrong.stderr.strip()) == (
+        2,
+        "error: --steps 0: allowed is any whole number from 1 up",
+    )
+    absent = run("train", "--shards", easy, "--fold", "9", "--out", tmp_path / "x")
+    assert absent.returncode == 1
+    assert (
+        absent.stderr.strip() == "error: no clip is in fold 9: there are 1, 2, 3, 4; choose one with --fold"
+    )
+    assert not (tmp_path / "x").exists()
+
+
+# What is held out
+
+
+def table_of(folds: list[int], splits: list[str] | None = None, groups: list[str] | None = None) -> Shards:
+    """An index alone, without any audio: choosing what to hold out needs no more."""
+    n = len(folds)
+    rows: dict[str, Any] = {
+        "key": [f"clip-{i}" for i in range(n)],
+        "labels": [["hum"]] * n,
+        "split": splits or ["all"] * n,
+        "fold": [None if fold < 0 else fold for fold in folds],
+        "group": groups or [None] * n,
+    }
+    filler = {pa.string(): "", pa.float64(): 0.0, pa.float32(): 0.0}
+    columns = {f.name: rows.get(f.name, [filler.get(f.type, 0)] * n) for f in tables.INDEX}
+    return Shards(Path("x"), {"labels": ["hum"]}, pa.table(columns, schema=tables.INDEX))
+
+
+def split_of(table: Shards, fold: int | None = None, **options: Any) -> tuple[list[int], list[int], str]:
+    split = choose_split(table, fold, 0, **options)
+    again = held_out_again(table, split.by, split.value)
+    assert again.tolist() == split.held_out.tolist()
+    return split.train.tolist(), split.held_out.tolist(), split.why
+
+
+def test_a_fold_is_held_out_and_all_others_are_trained_on():
+    assert split_of(table_of([1, 2, 3, -1]), 2) == ([0, 2, 3], [1], "fold 2 is held out")
+
+
+def test_without_a_fold_the_datasets_own_split_counts_and_valid_before_eval():
+    table = table_of([-1] * 4, ["train", "eval", "valid", "train"])
+    assert split_of(table)[:2] == ([0, 3], [2])
+    assert split_of(table_of([-1] * 3, ["train", "eval", "train"]))[:2] == ([0, 2], [1])
+
+
+def test_a_fold_keeps_the_datasets_own_eval_clips_out_of_training():
+    assert split_of(table_of([1, 2, 2, 1], ["train", "train", "eval", "eval"]), 1)[:2] == ([1], [0, 3])
+
+
+def test_without_splits_the_lowest_fold_is_held_out_and_it_says_so():
+    trained, held_out, why = split_of(table_of([3, 2, 2, 5]))
+    assert (trained, held_out) == ([0, 3], [1, 2])
+    assert "--fold chooses another" in why
+
+
+def test_without_folds_whole_groups_are_held_out_by_the_seed():
+    groups = [f"speaker-{n % 30}" for n in range(90)]
+    trained, held_out, why = split_of(table_of([-1] * 90, groups=groups))
+    assert len(held_out) == 9
+    assert not {groups[n] for n in trained} & {groups[n] for n in held_out}
+    assert "seed 0" in why
+    other = choose_split(table_of([-1] * 90, groups=groups), None, 1)
+    assert other.held_out.tolist() != held_out
+
+
+def test_a_group_on_both_sides_is_named_unless_that_is_allowed():
+    table = table_of([1, 2, 2, 1], groups=["ann", "ann", "bob", "cid"])
+    with pytest.raises(TrainError, match=r"1 group stands both .*: ann\. .*--allow-leak"):
+        split_of(table, 1)
+    assert split_of(table, 1, allow_leak=True)[:2] == ([1, 2], [0, 3])
+
+
+def test_clips_without_a_label_stand_on_neither_side_and_are_counted():
+    table = table_of([1, 1, 2, 2])
+    labels = pa.array([["hum"], [], ["hum"], []], tables.INDEX.field("labels").type)
+    table.index = table.index.set_column(table.index.column_names.index("labels"), "labels", labels)
+    assert split_of(table, 1) == ([2], [0], "fold 1 is held out; 2 clips without a label left out")
+
+
+def test_a_side_without_clips_is_refused():
+    with pytest.raises(TrainError, match="none is left to train on"):
+        split_of(table_of([1, 1]), 1)
+    with pytest.raises(TrainError, match=r"these clips have no folds; leave --fold away"):
+        split_of(table_of([-1, -1]), 1)
+
+
+def test_a_class_without_clips_to_learn_from_is_told(tmp_path):
+    folds = [1 if n % 3 == 2 else 2 for n in range(24)]
+    plan = plan_of(shards_of(tmp_path, fold=folds), fold=1)
+    assert any("whistle" in note and "cannot be learnt" in note for note in plan.notes)
+
+
+# Its parts
+
+
+def test_every_recipe_can_be_built_and_described():
+    for name, recipe in RECIPES.items():
+        assert recipe.name == name
+        assert recipe.model in describe(recipe)
+    for dataset in ("tones", "esc10", "esc50", "anything"):
+        for device in ("cpu", "cuda"):
+            assert choose_recipe(dataset, device)[0].name in RECIPES
+
+
+def test_a_recipe_is_chosen_by_dataset_and_device_and_any_field_can_be_changed():
+    recipe, why = choose_recipe("esc50", "cuda", steps=7, mixup=None)
+    assert (recipe.name, recipe.steps, recipe.mixup) == ("esc50-scratch", 7, "between-class")
+    assert why == "recipe esc50-scratch: for esc50 on cuda, changed by --steps"
+    assert choose_recipe("esc50", "cpu", "scratch")[0] == RECIPES["scratch"]
+    with pytest.raises(ConfigError, match=r"--recipe best: no such recipe; there are tones, "):
+        choose_recipe("esc50", "cpu", "best")
+    with pytest.raises(ConfigError, match="--learning-rate -1: allowed"):
+        choose_recipe("esc50", "cpu", learning_rate=-1)
+
+
+def test_the_papers_recipe_is_the_papers():
+    paper = RECIPES["esc50-scratch"]
+    assert (paper.model, paper.steps, paper.batch_size, paper.learning_rate) == (
+        "erann-1-3",
+        20_000,
+        32,
+        2e-4,
+    )
+    assert (paper.schedule, paper.crop_s, paper.mixup, paper.specaugment) == (
+        "constant",
+        4.0,
+        "between-class",
+        True,
+    )
+    assert paper.ema_decay == 0.999
+
+
+@pytest.mark.parametrize("steps", [10, 37, 1000])
+def test_one_cycle_is_torchs(steps):
+    recipe = Recipe("x", "erann-1-1", steps=steps, learning_rate=3e-3, schedule="one-cycle")
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for step in range(steps):
+        assert learning_rate_at(recipe, step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        schedule.step()
+    assert learning_rate_at(Recipe("x", "m", steps=3), 2) == 2e-4
+
+
+def test_the_average_is_equation_6_and_holds_batch_norms_statistics():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    ema = Ema(model, 0.9, warmup=False)
+    expected = {name: tensor.clone().double() for name, tensor in model.state_dict().items()}
+    for step in range(5):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model(torch.randn(8, 3))
+        ema.update(model, step)
+        for name, tensor in model.state_dict().items():
+            expected[name] = 0.9 * expected[name] + 0.1 * tensor.double()
+    for name, tensor in ema.module.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
+        else:
+            assert int(tensor) == 5
+    assert not ema.module.training
+
+
+def test_the_warm_up_forgets_the_first_weights_and_then_equals_the_paper():
+    assert decay_at(0, 0.999, True) == 0.1
+    assert decay_at(8_989, 0.999, True) < 0.999
+    assert decay_at(8_990, 0.999, True) == 0.999
+    assert decay_at(0, 0.999, False) == 0.999
+
+
+def test_losses_of_hard_targets_are_the_textbooks():
+    logits, targets = torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    expected = (np.log1p(np.exp(-2)) + np.log(2)) / 2
+    assert float(clip_loss(logits, targets, "softmax")) == pytest.approx(expected)
+    # Several labels share what one would have.
+    both = float(clip_loss(logits[:1], torch.ones(1, 2), "softmax"))
+    assert both == pytest.approx((np.log1p(np.exp(-2)) + 2 + np.log1p(np.exp(-2))) / 2)
+    binary = (np.log1p(np.exp(-2)) + 3 * np.log(2)) / 4
+    assert float(clip_loss(logits, targets, "sigmoid")) == pytest.approx(binary)
+    assert choose_loss(np.eye(3, dtype=np.float32)) == "softmax"
+    assert choose_loss(np.ones((2, 3), np.float32)) == "sigmoid"
+    assert choose_loss(np.ones((2, 3), np.float32), "softmax") == "softmax"
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_are_the_clips_of_their_step_whatever_the_workers(easy, workers):
+    shards = Shards.open(easy)
+    batches = list(stream(StepBatches(shards, 5, 7), range(2, 5), workers, pin=False))
+    assert len(batches) == 3
+    for batch in batches:
+        assert batch.waves.dtype == torch.int16
+        for wave, length, target, row in zip(*batch, strict=True):
+            clip = shards.read(int(row))
+            np.testing.assert_array_equal(wave[: int(length)], clip)
+            assert not wave[int(length) :].any()
+            np.testing.assert_array_equal(target, shards.targets[int(row)])
+    again = list(stream(StepBatches(shards, 5, 7), range(3, 4), 0, pin=False))
+    assert torch.equal(again[0].rows, batches[1].rows)
+
+
+def test_whole_clips_come_once_each_and_never_padded(easy):
+    shards = Shards.open(easy)
+    batches = WholeClipBatches(shards, 3 * RATE)
+    rows = [row for place in range(len(batches)) for row in batches[place].rows.tolist()]
+    assert sorted(rows) == list(range(len(shards)))
+    for place in range(len(batches)):
+        batch = batches[place]
+        assert set(batch.lengths.tolist()) == {batch.waves.shape[1]}
+        assert batch.waves.numel() <= 3 * RATE
+
+
+def test_a_steps_noise_is_its_seeds_alone(easy):
+    batch = StepBatches(Shards.open(easy), 0, 4)[0]
+    features = LogMel(sample_rate=RATE)
+    for mixup in ("none", "standard", "between-class"):
+        recipe = Recipe(**{**TINY.__dict__, "mixup": mixup})
+        one, other, third = (
+            prepare(batch, features, recipe, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        )
+        assert same_state(one, other)
+        assert not torch.equal(one[0], third[0])
+        assert one[0].shape == (4, 128, 128)
+        torch.testing.assert_close(one[1].sum(1), torch.ones(4))
+    plain = Recipe(**{**TINY.__dict__, "mixup": "none", "specaugment": False, "crop_s": 0.0})
+    inputs, targets = prepare(batch, features, plain, torch.Generator())
+    assert inputs.shape[2] == 128 * int(batch.lengths.max()) // RATE
+    assert torch.equal(targets, batch.targets)
