@@ -110,7 +110,7 @@ def test_a_csv_that_names_files_that_are_not_there_ends_with_3_and_they_stay_acc
     (["fetch", "nothing"], 2, "No such command 'nothing'"),
     (["fetch", "folder", "--name", "x"], 2, "Missing option '--from'"),
     (["fetch", "folder", "--name", "x", "--from", "nowhere", "--root", "."], 1, "nowhere: is no folder"),
-    (["fetch", "folder", "--name", "a/b", "--from", ".", "--root", "."], 2, "allowed are letters, digits, '_' and '-'"),
+    (["fetch", "folder", "--name", "a/b", "--from", ".", "--root", "."], 2, "allowed are 1 to 60 letters, digits, '_' and '-'"),
     (["fetch", "esc50", "--from", ".", "--root", "."], 1, "has no meta/esc50.csv"),
     (["shard", "x", "--root", "."], 1, "'x' has not been fetched under . (fetched there: none)"),
     (["shard", "--root", "."], 1, "nothing has been fetched under .: try `pipeline fetch tones"),

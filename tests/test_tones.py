@@ -38,11 +38,8 @@ def pcm(prepared: Prepared) -> dict[str, bytes]:
     """What every clip that can be decoded decodes to, by key."""
     rows = prepared.manifest.to_pylist()
     bad = broken(len(rows), int(prepared.media_root.parent.name))
-    return {
-        row["key"]: decode(prepared.media_root / row["source"])[0].tobytes()
-        for row in rows
-        if row["key"] not in bad
-    }
+    whole = [row for row in rows if row["key"] not in bad]
+    return {row["key"]: decode(prepared.media_root / row["source"])[0].tobytes() for row in whole}
 
 
 def files(folder: Path) -> set[str]:
@@ -66,9 +63,6 @@ def decoded(prepared) -> list[tuple[str, np.ndarray, int]]:
     bad = broken(50, 1)
     sources = [row["source"] for row in prepared.manifest.to_pylist() if row["key"] not in bad]
     return [(source, *decode(prepared.media_root / source)) for source in sources]
-
-
-# What is promised
 
 
 def test_by_default_it_has_300_clips_of_10_classes_in_5_folds_that_keep_groups_together():
@@ -120,9 +114,6 @@ def test_esc50_has_its_fifty_official_targets_and_the_ten_of_esc10():
 def test_options_that_cannot_be_are_refused_with_the_flag_that_mends_them(options, flag):
     with pytest.raises(ConfigError, match=flag):
         Tones(**options)
-
-
-# The mess
 
 
 def test_clips_last_from_0_3_to_5_seconds_and_sound_throughout(decoded):
@@ -194,9 +185,6 @@ def test_every_way_to_be_broken_is_found_out_for_the_reason_announced(tmp_path):
         if reason == "corrupt":
             with pytest.raises(av.FFmpegError):
                 decode(path)
-
-
-# The same every time
 
 
 def test_equal_seeds_give_equal_samples_and_others_do_not(tmp_path):
@@ -274,9 +262,6 @@ def test_a_marker_that_names_files_elsewhere_removes_none_of_them(tmp_path):
     marker.write_text("[]")
     with pytest.raises(TableError, match=r"\.tones\.json"):
         Tones(clips=10).prepare(tmp_path)
-
-
-# What can be learnt from it
 
 
 def test_unseen_files_are_new_one_a_class_and_tell_nothing_by_name(tmp_path):

@@ -116,13 +116,13 @@ def _in_process(path: Path, start_s: float, end_s: float | None) -> Audio:
                 raise
         else:
             audio = other if other.duration_s > audio.duration_s else audio
-        _check_whole(audio.duration_s, doubt.promised_s)
+        _check_whole(audio.duration_s, doubt.promised_s, exact=doubt.damaged)
     return audio
 
 
-def _check_whole(found_s: float, promised_s: float | None) -> None:
-    """Raise DecodeError where much less was found than a reliable statement of the length promised."""
-    if promised_s is not None and promised_s - found_s > max(0.1, 0.02 * promised_s):
+def _check_whole(found_s: float, promised_s: float | None, *, exact: bool = False) -> None:
+    """Raise DecodeError where less was found than a reliable (or exact) statement of the length promised."""
+    if promised_s is not None and promised_s - found_s > (0.0005 if exact else max(0.1, 0.02 * promised_s)):
         raise DecodeError(
             "corrupt", f"is cut short: {promised_s:.2f} s are promised, {found_s:.2f} s are there"
         )

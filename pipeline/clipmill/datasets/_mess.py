@@ -111,9 +111,9 @@ def spread(mono: NDArray[np.float32], recorder: Recorder, rng: np.random.Generat
     samples = gains[:, None] * mono
     if recorder.encoding == "PCM_U8":
         # Eight bits hold a sound only near full scale (at -30 dBFS it would be eight steps high), and
-        # without a step of the converter's own noise its quiet parts would be pure digital zero.
+        # without half a step of the converter's own noise its quiet parts would be pure digital zero.
         samples *= 0.7 / np.max(np.abs(samples))
-        samples += rng.standard_normal(samples.shape) / 128
+        samples += 0.5 / 128 * rng.standard_normal(samples.shape)
     return samples.astype(np.float32)
 
 

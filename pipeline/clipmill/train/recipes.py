@@ -75,11 +75,11 @@ RECIPES = {
         ),
         # A few hundred clips on a machine without a GPU: minutes, by a high rate that falls to nothing. The paper's
         # crop of 4 s, for in one second of a dog's clip there is often no dog; no mixup, which pays over many more
-        # epochs and costs accuracy in so few (docs/results.md).
+        # epochs than these (docs/results.md).
         Recipe(
             "small-cpu",
             model="erann-2-1",
-            steps=1200,
+            steps=800,
             batch_size=8,
             learning_rate=2e-3,
             schedule="one-cycle",
