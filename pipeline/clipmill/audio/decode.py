@@ -251,7 +251,9 @@ def _read_stream(
     parts.append((rate, _joined(blocks)))
     samples = _at_one_rate(parts)
     if container.duration and len(container.streams) == 1 and end_s is None and _states_its_length(container):
-        _check_whole(at_s or 0.0, container.duration / av.time_base)
+        # FFmpeg passes over damaged FLAC frames without a word, but FLAC's length is exact to the sample.
+        exact = container.format.name == "flac"
+        _check_whole((at_s or 0.0), container.duration / av.time_base, exact=exact)
     if at_s is not None and "mp4" in container.format.name and stream.duration and stream.time_base:
         # MP4 states the length exactly: what is left of the last packet is the encoder's padding, not sound.
         surplus = round((at_s - float(stream.duration * stream.time_base)) * rate)
@@ -262,7 +264,7 @@ def _read_stream(
 
 def _states_its_length(container: av.container.InputContainer) -> bool:
     """Whether the container's duration is stated by its header and not estimated from its size."""
-    return any(name in container.format.name for name in ("matroska", "webm", "mp4"))
+    return any(name in container.format.name for name in ("matroska", "webm", "mp4", "flac"))
 
 
 def _time_of(frame: av.AudioFrame, stream: av.AudioStream) -> float:
