@@ -20,6 +20,7 @@ def run_units(function: Callable[[Unit], Result], units: Iterable[Unit], jobs: i
         RunError: a worker process died (killed, or out of memory).
     """
     from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     # One unit at a time and few in advance: units are minutes of work, and their arguments are not small.
@@ -31,3 +32,7 @@ def run_units(function: Callable[[Unit], Result], units: Iterable[Unit], jobs: i
             "a worker process was killed, or ran out of memory; what is finished stays finished: "
             "run the same command again, with a smaller --jobs if memory was short"
         ) from error
+    finally:
+        if jobs > 1:
+            # Left to itself the pool lives on for minutes, in the way of what comes next.
+            get_reusable_executor().shutdown(wait=True, kill_workers=True)
