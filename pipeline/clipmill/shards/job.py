@@ -64,11 +64,14 @@ def make_shards(
         failed = sum(r.counts["failed"] for r in finished.values())
         update(done, f"failed {failed}")
         # Of each record only the account is kept: the index rows of two million clips would not fit in memory.
-        for record in run_units(build, [u for u in units if u.shard not in finished], jobs):
-            done, failed = done + record.counts["clips"], failed + record.counts["failed"]
-            update(done, f"failed {failed}")
-        for leftover in out.glob(f".{name}-*.tmp"):
-            leftover.unlink(missing_ok=True)
+        try:
+            for record in run_units(build, [u for u in units if u.shard not in finished], jobs):
+                done, failed = done + record.counts["clips"], failed + record.counts["failed"]
+                update(done, f"failed {failed}")
+        finally:
+            # Ours, or left by a run that was killed: nobody else writes here while the folder is held.
+            for leftover in out.glob(f".{name}-*.tmp"):
+                leftover.unlink(missing_ok=True)
         return _put_together(name, units, manifest.num_rows, losses, out, spec, about or {})
 
 
