@@ -81,15 +81,10 @@ def _write(path: Path, unit: Unit) -> tuple[dict[str, list[Any]], list[Failure]]
         for clip in tables.clips(unit.clips):
             try:
                 samples, row = _ready(clip, unit.media_root, spec)
-            except MemoryError:
-                failures.append(
-                    Failure(
-                        clip.key, clip.source, "shard", "failed", "corrupt", "needs more memory than there is"
-                    )
-                )
-                continue
-            except DecodeError as error:
-                failures.append(Failure(clip.key, clip.source, "shard", "failed", error.reason, str(error)))
+            except (DecodeError, MemoryError) as error:
+                reason = error.reason if isinstance(error, DecodeError) else "corrupt"
+                message = str(error) or "needs more memory than there is"
+                failures.append(Failure(clip.key, clip.source, "shard", "failed", reason, message))
                 continue
             writer.add(clip.key, samples, row)
             for name, value in {**row, "shard": unit.shard, "row": len(index["row"])}.items():
