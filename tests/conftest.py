@@ -89,7 +89,7 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fetched(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with the collection fetched as `small`."""
     from clipmill.datasets.folder import Folder
-    from clipmill.fetch.local import fetch
+    from clipmill.fetch.job import fetch
 
     root = tmp_path_factory.mktemp("root")
     fetch("folder", Folder(name="small", from_dir=collection), root)
@@ -99,7 +99,7 @@ def fetched(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make(fetched: Path) -> Callable[..., dict]:
     """Shard the small collection in this process: `make(out, jobs=1, **spec)` returns dataset.json's contents."""
-    from clipmill.fetch.local import load
+    from clipmill.fetch.fetched import load
     from clipmill.shards.job import make_shards
     from clipmill.shards.plan import ShardSpec
 

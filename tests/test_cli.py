@@ -270,8 +270,8 @@ def test_output_may_be_cut_by_a_pipe(fetched, tmp_path):
 
 
 def test_a_dataset_on_a_disk_that_may_not_be_written_is_read(fetched, tmp_path):
+    from clipmill.fetch.fetched import load
     from clipmill.fetch.ledger import Ledger
-    from clipmill.fetch.local import load
 
     shutil.copytree(fetched / "small", tmp_path / "small")
     for path in (*(tmp_path / "small").iterdir(), tmp_path / "small"):

@@ -13,13 +13,14 @@ import pytest
 
 from clipmill.cli import COMMANDS, cli
 from clipmill.cli.reference import every_command, reference
+from clipmill.types import REASONS
 from conftest import REPO
 
 SOURCE = REPO / "pipeline" / "clipmill"
 
 LAYERS = (
     {"errors", "types"},
-    {"tables", "audio", "run"},
+    {"tables", "audio", "run", "sources"},
     {"features", "augment"},
     {"shards", "datasets"},
     {"fetch"},
@@ -115,6 +116,12 @@ def test_help_answers_without_the_heavy_libraries(module):
 def test_it_runs_as_a_module(run):
     done = run("--version")
     assert (done.returncode, done.stdout) == (0, "pipeline, version 0.1.0\n")
+
+
+def test_every_reason_code_is_documented_with_its_meaning():
+    page = (REPO / "docs" / "datasets.md").read_text()
+    for code, meaning in REASONS.items():
+        assert f"| `{code}` | {meaning} |" in page
 
 
 def test_documents_link_only_to_files_that_are_there():

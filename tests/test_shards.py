@@ -228,7 +228,7 @@ def test_overwriting_mends_a_damaged_shard(make, tmp_path):
 
 def test_a_source_that_was_mended_is_taken_up_after_another_fetch(tmp_path):
     from clipmill.datasets.folder import Folder
-    from clipmill.fetch.local import fetch
+    from clipmill.fetch.job import fetch
     from clipmill.shards.job import make_shards
 
     def shard(**options: object) -> dict:
@@ -262,7 +262,7 @@ def test_planning_is_quick_because_no_unit_carries_the_whole_table():
 
 def test_silent_clips_fail_unless_kept(tmp_path):
     from clipmill.datasets.folder import Folder
-    from clipmill.fetch.local import fetch
+    from clipmill.fetch.job import fetch
     from clipmill.shards.job import make_shards
 
     (tmp_path / "media/x").mkdir(parents=True)

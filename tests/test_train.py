@@ -357,6 +357,7 @@ def table_of(folds: list[int], splits: list[str] | None = None, groups: list[str
         "split": splits or ["all"] * n,
         "fold": [None if fold < 0 else fold for fold in folds],
         "group": groups or [None] * n,
+        "events": [None] * n,
     }
     filler = {pa.string(): "", pa.float64(): 0.0, pa.float32(): 0.0}
     columns = {f.name: rows.get(f.name, [filler.get(f.type, 0)] * n) for f in tables.INDEX}

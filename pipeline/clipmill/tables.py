@@ -25,6 +25,9 @@ import pyarrow.parquet as pq
 from clipmill.errors import TableError
 from clipmill.types import NO_SPLIT, SPLITS, Clip
 
+EVENTS = pa.list_(pa.struct([("label", pa.string()), ("start_s", pa.float64()), ("end_s", pa.float64())]))
+"""What sounds when in a clip: seconds from the clip's start."""
+
 MANIFEST = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -36,6 +39,7 @@ MANIFEST = pa.schema(
         pa.field("fold", pa.int32()),
         pa.field("group", pa.string()),
         pa.field("bytes", pa.int64()),  # size of the source when it was fetched
+        pa.field("events", EVENTS),  # null where the dataset has none
     ]
 )
 
@@ -61,6 +65,7 @@ INDEX = pa.schema(
         pa.field("peak_db", pa.float32(), nullable=False),  # dB re full scale
         pa.field("rms_db", pa.float32(), nullable=False),  # dB re full scale, before padding
         pa.field("loudness_lufs", pa.float32()),  # ITU-R BS.1770; null under 0.4 s or below the gate
+        pa.field("events", EVENTS),
     ]
 )
 
@@ -228,7 +233,10 @@ def check_manifest(table: pa.Table) -> None:
 
 def clips(table: pa.Table) -> list[Clip]:
     """The rows of a (small) manifest slice as `Clip`s."""
-    return [Clip(**{**row, "labels": tuple(row["labels"])}) for row in table.to_pylist()]
+    return [
+        Clip(**{**row, "labels": tuple(row["labels"]), "events": row["events"] and tuple(row["events"])})
+        for row in table.to_pylist()
+    ]
 
 
 def in_order(failures: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,20 +12,41 @@ if TYPE_CHECKING:
 NO_SPLIT = "all"
 """The split of a clip whose dataset has none (ESC-50 has folds instead)."""
 
-SPLITS = ("train", "valid", "eval", NO_SPLIT)
-"""Every value a clip's split may have."""
+TRAIN_SPLITS = ("train", "balanced_train", "unbalanced_train")
+"""The splits that are trained on; AudioSet's two halves stay apart, so that either can be had alone."""
+
+SPLITS = (*TRAIN_SPLITS, "valid", "eval", "noise", NO_SPLIT)
+"""Every value a clip's split may have; `noise` is background sound to mix in, neither trained on nor scored."""
 
 REASONS = {
+    # of the source itself, wherever it came from
     "missing": "the source is not there",
     "unreadable": "the source is there but cannot be read, or is no regular file",
     "not-audio": "the source is plain text, and was never meant as audio",
     "ambiguous": "the labels name a file that stands in several places",
     "bad-name": "the file's name is not valid UTF-8, so no table can hold it",
-    "empty": "the source decodes to no samples",
+    "bad-row": "the row of the list cannot be read, or stands there twice",
+    "empty": "the source has no bytes, or decodes to no samples",
     "no-audio": "the source holds no audio stream",
     "corrupt": "the source does not decode, stops part-way, or ends before the length it states",
-    "too-short": "the source ends before the clip begins",
+    "too-short": "the source ends before the clip begins, or well before it should end",
     "silent": "no sample of the clip reaches the last of 16 bits",
+    # of the site that was asked for it
+    "private": "the video is private",
+    "removed": "the video was removed, by its uploader or by the site",
+    "account-terminated": "the uploader's account is gone, and its videos with it",
+    "copyright": "the video is blocked by a copyright claim",
+    "geo-blocked": "the video is not shown in this country",
+    "age-gated": "the video is shown to signed-in adults alone",
+    "members-only": "the video is for paying members, or for sale",
+    "live": "the video is a live stream, or has not begun",
+    "unavailable": "the site says that there is no such video, and not why",
+    "forbidden": "the server refuses it (HTTP 403)",
+    "bot-check": "the site wants proof that we are no robot",
+    "rate-limited": "the site says that we ask too often",
+    "network": "the connection failed, or broke off, or the server did",
+    "timeout": "it took longer than the time limit",
+    "tool-error": "the tools failed: yt-dlp, ffmpeg, or our own worker",
 }
 """Why a clip is not in the shards: reason code -> what it means."""
 
@@ -36,7 +57,8 @@ class Clip:
 
     `source` is relative to the dataset's media root. `start_s`/`end_s` are in seconds
     from the start of the source; None means from its beginning / to its end. `bytes` is the
-    source's size when it was fetched: another size is another source.
+    source's size when it was fetched: another size is another source. `events` are what
+    sounds when, where the labels say so: label, start and end in seconds from the clip's start.
     """
 
     key: str
@@ -48,6 +70,7 @@ class Clip:
     fold: int | None = None
     group: str | None = None
     bytes: int | None = None
+    events: tuple[dict[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,18 +8,24 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from clipmill.audio.content import content_sha256
 from clipmill.audio.convert import pad_to_seconds, resample, to_int16
+from clipmill.audio.cut import CUT_SUFFIXES, Cut, cut
 from clipmill.audio.decode import DECODERS, decode
 from clipmill.audio.encode import ENCODINGS, SUFFIXES, codec_versions, decode_bytes, encode
 from clipmill.audio.measure import measure
 from clipmill.errors import DecodeError
 
 __all__ = [
+    "CUT_SUFFIXES",
     "DECODERS",
     "ENCODINGS",
     "SUFFIXES",
+    "Cut",
     "ReadyClip",
     "codec_versions",
+    "content_sha256",
+    "cut",
     "decode",
     "decode_bytes",
     "encode",

@@ -107,50 +107,115 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
 
 
-@contextmanager
-def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
-    """Yield `update(done, facts)`: a live bar on a terminal, a plain line every ten seconds elsewhere.
+class Watcher:
+    """Shows how work goes: a plain line every ten seconds; `LiveWatcher` shows a bar on a terminal."""
 
-    `facts` is a short text such as "had 12, failed 1" or "loss 0.31".
-    """
-    if sys.stderr.isatty():
+    def __init__(self) -> None:
+        self._what, self._total, self._unit = "", 0, ""
+        self._began = self._last = 0.0
+        self._first: int | None = None
+
+    def begin(self, what: str, total: int, unit: str) -> None:
+        """A new piece of work, of `total` units; 0: nobody knows how many."""
+        self._what, self._total, self._unit = what, total, unit
+        self._began = self._last = time.monotonic()
+        self._first = None
+
+    def update(self, done: int, facts: str = "") -> None:
+        """So many units are done; `facts` is a short text such as "had 12, failed 1" or "loss 0.31"."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done
+        finished = done >= self._total and now - self._began >= PLAIN_EVERY_S
+        if now - self._last >= PLAIN_EVERY_S or finished:
+            rate = (done - self._first) / max(now - self._began, 1e-9)
+            self._show(done, rate, facts)
+            self._last = now
+
+    def _show(self, done: int, rate: float, facts: str) -> None:
+        left = f", {duration((self._total - done) / rate)} left" if rate > 0 and done < self._total else ""
+        total = f"/{self._total}" if self._total else ""
+        said = f", {facts}" if facts else ""
+        say(f"{self._what}: {done}{total} {self._unit}, {pace(rate)}{left}{said}")
+
+    def say(self, text: str) -> None:
+        """A line for a person, that stays."""
+        say(text)
+
+
+class LiveWatcher(Watcher):
+    """A live bar on stderr; to be used in a `with` over `bar`."""
+
+    def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        bar = Progress(
+        super().__init__()
+        self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn(unit),
-            TextColumn("{task.fields[rate]:.1f}/s"),
+            TextColumn("{task.fields[unit]}"),
+            TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[facts]}"),
             console=Console(stderr=True),
         )
-        with bar:
-            task = bar.add_task(what, total=total, rate=0.0, facts="")
-            start = time.monotonic()
-            first: list[int] = []
+        self._task: Any = None
 
-            def update(done: int, facts: str = "") -> None:
-                first[:] = first or [done]
-                rate = (done - first[0]) / max(time.monotonic() - start, 1e-9)
-                bar.update(task, completed=done, rate=rate, facts=facts)
+    def begin(self, what: str, total: int, unit: str) -> None:
+        """A bar of its own for each piece of work."""
+        super().begin(what, total, unit)
+        self._task = self.bar.add_task(what, total=total or None, unit=unit, rate="", facts="")
 
-            yield update
-        return
+    def update(self, done: int, facts: str = "") -> None:
+        """Move the bar."""
+        self._first = done if self._first is None else self._first
+        rate = (done - self._first) / max(time.monotonic() - self._began, 1e-9)
+        self.bar.update(self._task, completed=done, rate=pace(rate), facts=facts)
 
-    started = last = time.monotonic()
-    first_done: list[int] = []
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        self.bar.console.print(text, markup=False, highlight=False)
 
-    def plain(done: int, facts: str = "") -> None:
-        nonlocal last
-        first_done[:] = first_done or [done]
-        now = time.monotonic()
-        if now - last >= PLAIN_EVERY_S or (done >= total and now - started >= PLAIN_EVERY_S):
-            rate = (done - first_done[0]) / max(now - started, 1e-9)
-            left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
-            say(f"{what}: {done}/{total} {unit}, {rate:.1f}/s{left}{', ' + facts if facts else ''}")
-            last = now
 
-    yield plain
+@contextmanager
+def watching() -> Iterator[Watcher]:
+    """Yield a `Watcher` that suits where stderr goes."""
+    if sys.stderr.isatty():
+        live = LiveWatcher()
+        with live.bar:
+            yield live
+    else:
+        yield Watcher()
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
+    """Yield `update(done, facts)` for one piece of work; see `Watcher`."""
+    with watching() as watcher:
+        watcher.begin(what, total, unit)
+        yield watcher.update
+
+
+def pace(per_second: float) -> str:
+    """A rate as one would say it: "12.3/s", or "288/h" where it is slow."""
+    return f"{per_second:.1f}/s" if per_second >= 1 else f"{per_second * 3600:.0f}/h"
+
+
+def duration(seconds: float) -> str:
+    """A time span as one would say it: "40 s", "12 min", "7.5 h", "81 days"."""
+    for unit, size, digits in (("s", 1, 0), ("min", 60, 0), ("h", 3600, 1)):
+        if seconds < {"s": 100, "min": 6000, "h": 172_800}[unit]:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds / 86_400:.1f} days"
+
+
+def size(count: int) -> str:
+    """So many bytes as one would say it: "512 kB", "3.4 MB", "1.2 TB"."""
+    value, unit = count / 1e3, "kB"
+    for larger in ("MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1e3, larger
+    return f"{value:.0f} {unit}" if value >= 100 or unit == "kB" else f"{value:.1f} {unit}"

@@ -58,6 +58,13 @@ from clipmill.cli import DONE, DONE_IN_PART, console
     default=None,
     help="Folder of the shards.  [default: ROOT/NAME/shards/FORMAT-ENCODING-RATE]",
 )
+@click.option(
+    "--lock",
+    "lock_file",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Take just the clips that this lock names (`pipeline lock`).",
+)
 @click.option("--overwrite", is_flag=True, help="Build all shards anew, whatever is there.")
 @console.jobs_option
 @console.json_option
@@ -65,6 +72,7 @@ def command(
     names: tuple[str, ...],
     root: Path,
     out: Path | None,
+    lock_file: Path | None,
     overwrite: bool,
     jobs: int,
     as_json: bool,
@@ -83,30 +91,37 @@ def command(
       pipeline shard --format hdf5
     """  # fmt: skip
     from clipmill.errors import ConfigError, FetchError
-    from clipmill.fetch.local import fetched_names
+    from clipmill.fetch.fetched import fetched_names
     from clipmill.shards.plan import DEFAULT_ENCODING, ShardSpec
 
     spec = ShardSpec(**{**fields, "encoding": fields["encoding"] or DEFAULT_ENCODING[fields["format"]]})
     chosen = list(names) or fetched_names(root)
     if not chosen:
         raise FetchError(f"nothing has been fetched under {root}: try `pipeline fetch tones --root {root}`")
-    if out is not None and len(chosen) > 1:
-        raise ConfigError(
-            f"--out is one folder, but {len(chosen)} datasets are asked for: {', '.join(chosen)}"
-        )
-    made = [_shard(name, root, out, spec, overwrite, jobs) for name in chosen]
+    for flag, given, what in (("--out", out, "one folder"), ("--lock", lock_file, "of one dataset")):
+        if given is not None and len(chosen) > 1:
+            raise ConfigError(f"{flag} is {what}, but {len(chosen)} are asked for: {', '.join(chosen)}")
+    made = [_shard(name, root, out, spec, lock_file, overwrite, jobs) for name in chosen]
     if as_json:
         console.print_json(made)
     return DONE_IN_PART if any(m["counts"]["failed"] for m in made) else DONE
 
 
-def _shard(name: str, root: Path, out: Path | None, spec: Any, overwrite: bool, jobs: int) -> dict[str, Any]:
+def _shard(
+    name: str, root: Path, out: Path | None, spec: Any, lock_file: Path | None, overwrite: bool, jobs: int
+) -> dict[str, Any]:
     from clipmill import tables
-    from clipmill.fetch.local import load
+    from clipmill.fetch.fetched import load
     from clipmill.shards.job import make_shards
     from clipmill.types import Failure
 
     got = load(root, name)
+    if lock_file is not None:
+        got = _locked(got, lock_file, jobs)
+    elif got.left:
+        console.say(
+            f"note: {got.left} clips of {name} are not fetched yet; the shards hold what is had so far"
+        )
     folder = out or got.folder / "shards" / spec.folder
     with console.progress(f"shard {name}", got.counts["had"], "clips") as update:
         dataset = make_shards(
@@ -125,3 +140,24 @@ def _shard(name: str, root: Path, out: Path | None, spec: Any, overwrite: bool, 
         console.say(f"  all of them: {folder / 'failures.jsonl'}")
     console.say(f"next: pipeline inspect {folder}")
     return {"folder": str(folder), **{k: dataset[k] for k in ("name", "counts", "root_sha256")}}
+
+
+def _locked(got: Any, lock_file: Path, jobs: int) -> Any:
+    """The dataset with a lock's clips alone; says which of them are missing, or hold something else."""
+    from dataclasses import replace
+
+    from clipmill.errors import ConfigError
+    from clipmill.fetch.fetched import restricted
+    from clipmill.fetch.lock import compare, make_lock, read_lock
+
+    lock = read_lock(lock_file)
+    if lock.name != got.name:
+        raise ConfigError(f"--lock {lock_file}: is a lock of {lock.name}, not of {got.name}")
+    got = restricted(got, lock.keys, f"stands in {lock_file.name}, and was not fetched")
+    found = compare(lock, make_lock(got, jobs))
+    said = (
+        f"lock {lock.id[:12]} as of {lock.as_of}: {len(lock)} clips = {found.same} the same "
+        f"+ {len(found.other_content)} of other content + {len(found.only_first)} not had"
+    )
+    console.say(said)
+    return replace(got, about={**got.about, "lock": said, "lock_id": lock.id})

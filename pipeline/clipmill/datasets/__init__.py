@@ -24,8 +24,27 @@ DATASETS = {
     "tones": "clipmill.datasets.tones:Tones",
     "folder": "clipmill.datasets.folder:Folder",
     "esc50": "clipmill.datasets.esc50:Esc50",
+    "urbansound8k": "clipmill.datasets.urbansound8k:UrbanSound8K",
+    "ravdess": "clipmill.datasets.ravdess:Ravdess",
+    "speechcommands": "clipmill.datasets.speechcommands:SpeechCommands",
+    "audioset": "clipmill.datasets.audioset:Audioset",
 }
 """Name -> where its class is; imported only when asked for."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file on the web that a dataset is made of, as `clipmill_manifests` states it.
+
+    `urls`: the official one first, then mirrors. `checksum`: "sha256:<hex>" or "md5:<hex>".
+    `size` in bytes. Where the publisher states neither, None: then `prepare` must be able
+    to tell a whole file from half of one.
+    """
+
+    file: str
+    urls: tuple[str, ...]
+    size: int | None = None
+    checksum: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,13 @@ class Prepared:
 
 
 class Dataset(Protocol):
-    """A collection with its options filled in."""
+    """A collection with its options filled in.
+
+    It may have `needs`, the `Remote` files that must be there before it is prepared, and
+    `hints()`, lines that whoever has fetched it should read. A class
+    with `by_segment = True` has no media to find: each clip is fetched by itself, `group` is
+    the id of its video, and the ledger knows its `source` and `bytes`.
+    """
 
     @property
     def name(self) -> str:

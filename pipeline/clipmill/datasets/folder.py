@@ -15,6 +15,7 @@ from typing import Any
 
 from clipmill import tables
 from clipmill.datasets import Prepared, option
+from clipmill.datasets.folds import check_groups
 from clipmill.datasets.keys import keys_for
 from clipmill.datasets.labels import SPLIT_NAMES, Columns, Row, read_labels
 from clipmill.errors import ConfigError, FetchError, TableError
@@ -47,6 +48,7 @@ class Folder:
     )
     start_column: str | None = option(None, help="Column of where the clip starts in the file, in seconds.")
     end_column: str | None = option(None, help="Column of where the clip ends in the file, in seconds.")
+    allow_leak: bool = option(False, help="Let a group stand in several folds or splits.")
 
     def prepare(self, dest: Path) -> Prepared:
         """List the folder's clips; see `Dataset`."""
@@ -64,7 +66,10 @@ class Folder:
             self.file_column, self.label_column, self.fold_column, self.group_column, self.split_column,
             self.start_column, self.end_column, self.label_separator,
         )  # fmt: skip
-        return by_labels(root, found, read_labels(self.labels, columns))
+        prepared = by_labels(root, found, read_labels(self.labels, columns))
+        if not self.allow_leak:
+            check_groups(prepared.manifest)
+        return prepared
 
     def _by_subfolder(self, root: Path, found: list[str], failures: list[Failure]) -> Prepared:
         for name in ("fold", "group", "split", "start", "end"):

@@ -84,7 +84,7 @@ def _finished(
     all shards of this dataset go, so that every one is built anew; never anything else.
     """
     planned = {unit.shard: unit for unit in units}
-    ours = re.compile(re.escape(name) + r"-[a-z]+-\d{6}\.\w+")
+    ours = re.compile(re.escape(name) + r"-[a-z_]+-\d{6}\.\w+")
     finished = {}
     for path in sorted(file for ext in FORMATS.values() for file in out.glob(f"*.{ext}")):
         if not path.is_file() or not ours.fullmatch(path.name):

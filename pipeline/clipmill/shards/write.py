@@ -17,6 +17,7 @@ from clipmill.audio import measure, prepare_clip
 from clipmill.errors import DecodeError, TableError
 from clipmill.shards.formats import WRITERS
 from clipmill.shards.plan import ShardSpec, Unit
+from clipmill.sources import opened
 from clipmill.types import Clip, Failure, ShardRecord
 
 
@@ -97,9 +98,8 @@ def _write(path: Path, unit: Unit) -> tuple[dict[str, list[Any]], list[Failure]]
 
 def _ready(clip: Clip, media_root: Path, spec: ShardSpec) -> tuple[np.ndarray, dict[str, Any]]:
     """One clip's int16 samples, padded, and its facts: the index columns that do not depend on the shard."""
-    ready = prepare_clip(
-        media_root / clip.source, spec.sample_rate, clip.start_s, clip.end_s, decoder=spec.decoder
-    )
+    with opened(media_root, clip.source) as path:
+        ready = prepare_clip(path, spec.sample_rate, clip.start_s, clip.end_s, decoder=spec.decoder)
     content = ready.samples[: ready.content]
     if not content.any() and not spec.keep_silent:
         raise DecodeError(

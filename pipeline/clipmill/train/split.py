@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from clipmill.errors import TrainError
 from clipmill.shards.read import Shards
-from clipmill.types import NO_SPLIT
+from clipmill.types import NO_SPLIT, TRAIN_SPLITS
 
 HELD_OUT_PART = 0.1
 """How much is held out, in groups, where the dataset says nothing."""
@@ -51,7 +51,7 @@ def choose_split(shards: Shards, fold: int | None, seed: int, *, allow_leak: boo
     if fold is not None:
         split = _by_fold(shards, fold, f"fold {fold} is held out")
     elif held := next((name for name in ("valid", "eval") if (shards.splits == name).any()), None):
-        train = np.isin(shards.splits, ("train", NO_SPLIT))
+        train = np.isin(shards.splits, (*TRAIN_SPLITS, NO_SPLIT))
         why = f"the dataset's own split: {held} is held out"
         split = _split(shards, "split", held, train, shards.splits == held, why)
     elif (shards.folds >= 0).any():
@@ -90,7 +90,7 @@ def _by_fold(shards: Shards, fold: int, why: str) -> Split:
         mend = "leave --fold away" if not there else "choose one with --fold"
         raise TrainError(f"no clip is in fold {fold}: {found}; {mend}")
     held_out = shards.folds == fold
-    train = ~held_out & np.isin(shards.splits, ("train", NO_SPLIT))
+    train = ~held_out & np.isin(shards.splits, (*TRAIN_SPLITS, NO_SPLIT))
     return _split(shards, "fold", fold, train, held_out, why)
 
 

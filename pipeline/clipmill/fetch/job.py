@@ -1,0 +1,282 @@
+"""The whole fetch stage: get what a dataset is made of, list its clips, get those that are not here, keep account."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clipmill import __version__, tables
+from clipmill.datasets import Dataset, Prepared
+from clipmill.datasets.archive import MEDIA_FOLDER
+from clipmill.fetch import archives
+from clipmill.fetch.adopt import adopt_media
+from clipmill.fetch.fetched import FETCH_FILE, LEDGER_FILE, MANIFEST_FILE, Fetched, folder_of, load
+from clipmill.fetch.find import find_media
+from clipmill.fetch.ledger import Ledger
+from clipmill.fetch.lock import Lock
+from clipmill.fetch.options import SegmentOptions
+from clipmill.fetch.reasons import POLICY
+from clipmill.fetch.segments import Places, fetch_segments
+from clipmill.fetch.watch import QUIET, Watch
+from clipmill_manifests import facts
+
+_BYTES_A_SECOND = 16_000.0
+"""Of Opus as YouTube sends it, about; used until there are clips to measure."""
+
+
+def fetch(
+    kind: str,
+    dataset: Dataset,
+    root: Path,
+    options: SegmentOptions | None = None,
+    lock: Lock | None = None,
+    watch: Watch = QUIET,
+) -> Fetched:
+    """Get `dataset` under `root/<name>`: its media, manifest, ledger and fetch.json.
+
+    Running it again goes on where it was, or lists the media anew.
+
+    Raises:
+        FetchError: nothing can be had; `RefusedError`: the site refuses us, try again later.
+        ConfigError: the dataset's name or options cannot be.
+        TableError: another run is fetching it, or a list is malformed.
+    """
+    name, folder = dataset.name, folder_of(root, dataset.name)
+    new = not folder.exists()
+    try:
+        with tables.locked(folder):
+            archives.provide(dataset, folder, watch)
+            if getattr(dataset, "by_segment", False):
+                _by_segment(kind, dataset, folder, options or SegmentOptions(), lock, watch)
+            else:
+                _at_once(kind, dataset, folder)
+    except BaseException:
+        if new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    return load(root, name)
+
+
+def _at_once(kind: str, dataset: Dataset, folder: Path) -> None:
+    """Write the tables of a dataset whose media are here; fetch.json, which vouches for the others, comes last."""
+    prepared = dataset.prepare(folder)
+    manifest = _with_sizes(prepared)
+    lost = pa.array([f.key for f in prepared.failures if f.key], pa.string())
+    had = manifest.filter(pc.invert(pc.is_in(manifest["key"], lost)))
+    splits = (
+        dict(zip(manifest["key"].to_pylist(), manifest["split"].to_pylist(), strict=True))
+        if len(lost)
+        else {}
+    )
+    (folder / FETCH_FILE).unlink(missing_ok=True)
+    tables.write_table(folder / MANIFEST_FILE, manifest)
+    with Ledger(folder / LEDGER_FILE, write=True) as ledger:
+        rows = zip(*(had[column].to_pylist() for column in ("key", "source", "split")), strict=True)
+        ledger.replace(rows, prepared.failures, splits)
+    _vouch(kind, dataset, folder, prepared.media_root)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a fetch would do: clips, hours at the rate given or seen (None: not known), bytes on disk (an estimate)."""
+
+    wanted: int
+    had: int
+    adopt: int
+    ask: int
+    per_hour: float | None
+    hours: float | None
+    bytes: int
+    free_bytes: int
+
+
+def foresee(
+    kind: str,
+    dataset: Dataset,
+    root: Path,
+    options: SegmentOptions,
+    lock: Lock | None = None,
+    watch: Watch = QUIET,
+) -> Plan:
+    """Say what `fetch` would do, of a dataset that is fetched clip by clip; gets its lists, and writes nothing else.
+
+    Raises:
+        As `fetch` does.
+    """
+    folder = folder_of(root, dataset.name)
+    with tables.locked(folder):
+        archives.provide(dataset, folder, watch)
+        manifest = wanted(folder, dataset.prepare(folder), lock, watch.say)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = folder / LEDGER_FILE if (folder / LEDGER_FILE).exists() else Path(scratch) / LEDGER_FILE
+            with Ledger(path, write=not path.exists()) as ledger:
+                had = ledger.columns("key", "bytes", outcome="had")
+                pace, ask, adopt = ledger.pace(), to_ask(manifest, ledger, options.retry), 0
+                if options.from_dirs:
+                    found = find_media(options.from_dirs, to_adopt(manifest, ledger))
+                    adopt = pc.count_distinct(found.media["key"]).as_py()
+                    ask = ask.filter(pc.invert(pc.is_in(ask["key"], found.media["key"].combine_chunks())))
+    seconds = pc.sum(pc.subtract(ask["end_s"], ask["start_s"])).as_py() or 0.0
+    had_seconds = 10.0 * len(had["key"])
+    each_s = sum(size or 0 for size in had["bytes"]) / had_seconds if had_seconds else _BYTES_A_SECOND
+    per_hour = options.per_hour or (pace[0] if pace else None)
+    asks = 0 if options.offline else ask.num_rows
+    return Plan(
+        wanted=manifest.num_rows,
+        had=int(pc.sum(pc.is_in(manifest["key"], pa.array(had["key"], pa.string()))).as_py() or 0),
+        adopt=adopt,
+        ask=asks,
+        per_hour=per_hour,
+        hours=asks / per_hour if per_hour else None,
+        bytes=round(seconds * each_s) if asks else 0,
+        free_bytes=shutil.disk_usage(folder).free,
+    )
+
+
+def _by_segment(
+    kind: str, dataset: Dataset, folder: Path, options: SegmentOptions, lock: Lock | None, watch: Watch
+) -> None:
+    """Write the tables before the first clip is asked for: the ledger then fills while the manifest stands."""
+    request = _request(dataset, folder, lock)
+    # Two million rows take a while to be listed: not again for the same request.
+    prepared = None if _is_last(request, folder) else dataset.prepare(folder)
+    places = Places(folder / MEDIA_FOLDER, folder / ".parts")
+    places.media.mkdir(exist_ok=True)
+    with Ledger(folder / LEDGER_FILE, write=True) as ledger:
+        if prepared is None:
+            manifest = tables.read_table(folder / MANIFEST_FILE, tables.MANIFEST)
+        else:
+            manifest = wanted(folder, prepared, lock, watch.say)
+            (folder / FETCH_FILE).unlink(missing_ok=True)  # it vouches for what changes now
+            tables.write_table(folder / MANIFEST_FILE, manifest)
+            ledger.scope(manifest["key"].to_pylist, _name_of(manifest))
+            ledger.passed_over(prepared.failures)
+            _vouch(kind, dataset, folder, places.media, request)
+        if options.from_dirs:
+            adopt_media(to_adopt(manifest, ledger), ledger, places.media, options, watch)
+        if not options.offline:
+            todo = to_ask(manifest, ledger, options.retry)
+            watch.total(f"fetch {dataset.name}", todo.num_rows, "clips")
+            fetch_segments(todo, ledger, places, options, watch.update, watch.say)
+
+
+def _is_last(request: str, folder: Path) -> bool:
+    path = folder / FETCH_FILE
+    return path.exists() and tables.read_json(path).get("request") == request
+
+
+def _request(dataset: Dataset, folder: Path, lock: Lock | None) -> str:
+    """A hash of all that decides which clips are wanted: the options, and the lists by their size and time."""
+    options = _options(dataset)
+    named = [value for value in options.values() if value]
+    paths = [
+        Path(one)
+        for value in named
+        for one in (value if isinstance(value, list) else [value])
+        if isinstance(one, str)
+    ]
+    paths += [folder / archives.DOWNLOADS_FOLDER / remote.file for remote in getattr(dataset, "needs", ())]
+    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(set(paths)) if p.is_file()]
+    said = [__version__, options, files, lock.id if lock else None]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _vouch(kind: str, dataset: Dataset, folder: Path, media_root: Path, request: str | None = None) -> None:
+    about = {k: v for k, v in facts(kind).items() if isinstance(v, str)}
+    tables.write_json(
+        folder / FETCH_FILE,
+        {
+            "name": dataset.name,
+            "kind": kind,
+            "options": _options(dataset),
+            "media_root": str(media_root.resolve()),
+            "about": about,
+            "by_segment": request is not None,
+            "request": request,
+            "clipmill": __version__,
+        },
+    )
+
+
+def _options(dataset: Dataset) -> dict[str, Any]:
+    return {f.name: _plain(getattr(dataset, f.name)) for f in fields(dataset)}  # type: ignore[arg-type]
+
+
+def wanted(folder: Path, prepared: Prepared, lock: Lock | None, say: Callable[[str], None]) -> pa.Table:
+    """The clips wanted: those of this request, and of the splits that only earlier requests named.
+
+    Splits add up, so that train and eval can be asked for on different days; asking again for
+    a split replaces what was asked of it. With a lock, only the clips that it names.
+    """
+    manifest = prepared.manifest
+    if lock is not None:
+        absent = len(lock) - pc.sum(pc.is_in(lock.keys, manifest["key"].combine_chunks())).as_py()
+        manifest = manifest.filter(pc.is_in(manifest["key"], lock.keys))
+        say(f"the lock names {len(lock)} clips; {manifest.num_rows} of them stand in the lists asked for")
+        if absent:
+            say(f"  {absent} do not: are there more to name with --split or --list?")
+    path = folder / MANIFEST_FILE
+    if not path.exists():
+        return manifest
+    before = tables.read_table(path, tables.MANIFEST)
+    others = before.filter(pc.invert(pc.is_in(before["split"], pc.unique(prepared.manifest["split"]))))
+    if not others.num_rows:
+        return manifest
+    # A video that moved from one split to another between two lists stands where it was asked for last.
+    others = others.filter(pc.invert(pc.is_in(others["key"], manifest["key"].combine_chunks())))
+    return pa.concat_tables([manifest, others]).sort_by("key")
+
+
+def to_ask(manifest: pa.Table, ledger: Ledger, retry: tuple[str, ...] = ()) -> pa.Table:
+    """The clips to ask for: those never tried, then those whose failure may heal; with `retry`, just its failures."""
+    if retry:
+        chosen = None if "all" in retry else retry
+        return manifest.filter(pc.is_in(manifest["key"], pa.array(ledger.lost_keys(chosen), pa.string())))
+    tried = pa.array(ledger.columns("key")["key"], pa.string())
+    healing = [reason for reason, policy in POLICY.items() if policy != "final"]
+    fresh = manifest.filter(pc.invert(pc.is_in(manifest["key"], tried)))
+    again = manifest.filter(pc.is_in(manifest["key"], pa.array(ledger.lost_keys(healing), pa.string())))
+    return pa.concat_tables([fresh, again]).combine_chunks()
+
+
+def to_adopt(manifest: pa.Table, ledger: Ledger) -> pa.Table:
+    """The clips that media already here may serve: all that are not had."""
+    had = pa.array(ledger.columns("key", outcome="had")["key"], pa.string())
+    return manifest.filter(pc.invert(pc.is_in(manifest["key"], had))).combine_chunks()
+
+
+def _name_of(manifest: pa.Table) -> str:
+    """A hash of the manifest's keys."""
+    keys = manifest["key"].combine_chunks()
+    lines = pc.binary_join(pa.ListArray.from_arrays([0, len(keys)], keys), "\n")
+    return hashlib.sha256(lines[0].as_buffer()).hexdigest()
+
+
+def _with_sizes(prepared: Prepared) -> pa.Table:
+    """The manifest with each source's size in bytes, null where it is not there."""
+    sizes = {s: _size(prepared.media_root / s) for s in pc.unique(prepared.manifest["source"]).to_pylist()}
+    column = pa.array([sizes[source] for source in prepared.manifest["source"].to_pylist()], pa.int64())
+    place = prepared.manifest.schema.get_field_index("bytes")
+    return prepared.manifest.set_column(place, tables.MANIFEST.field("bytes"), column)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    return str(value.resolve()) if isinstance(value, Path) else value

@@ -1,0 +1,329 @@
+"""Ask for clips one by one: workers that may hang or die, one budget, pauses for all, every answer in the ledger."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import shutil
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from clipmill.errors import FetchError
+from clipmill.fetch.governor import Budget, Governor
+from clipmill.fetch.ledger import Ledger, Outcome
+from clipmill.fetch.options import SegmentOptions
+from clipmill.fetch.reasons import POLICY
+from clipmill.fetch.segment import Ask, fetch_segment
+from clipmill.run import Crew, Lost
+
+Update = Callable[[int, str], None]
+Say = Callable[[str], None]
+
+SUSPECT = frozenset({"network", "timeout", "forbidden", "tool-error"})
+"""Failures that may be nobody's fault but the network's or the site's: many in a row pause the fleet."""
+
+_TICK_EVERY_S = 30.0
+_LONGEST_BACKOFF_S = 300.0
+_TOOLS_FAIL = (
+    "clip after clip fails in the tools themselves: {}; update them (pip install -U 'yt-dlp[default]') "
+    "and run the same command again"
+)
+
+
+class RefusedError(FetchError):
+    """The site refuses us; what was not asked for is left for another time. Ends the command with 75."""
+
+    exit_code = 75
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a dataset's media go, and (`parts`) what is not whole yet."""
+
+    media: Path
+    parts: Path
+
+
+def stem_of(key: str) -> str:
+    """Where a clip's media goes, relative to the media root and without extension: 256 folders share the load."""
+    return f"{hashlib.sha256(key.encode()).hexdigest()[:2]}/{key}"
+
+
+def fetch_segments(
+    todo: pa.Table, ledger: Ledger, places: Places, options: SegmentOptions, update: Update, say: Say
+) -> None:
+    """Ask for every clip of `todo` (columns of `tables.MANIFEST`, `group` being the video's id) and record what came.
+
+    Raises:
+        RefusedError: the site refuses us, and went on to after the last pause.
+        FetchError: the tools fail on everything.
+        OSError: our own disk is full or does not let us write.
+    """
+    shutil.rmtree(places.parts, ignore_errors=True)  # of a run that was killed
+    try:
+        _Fleet(todo, ledger, places, options, update, say).run()
+    finally:
+        shutil.rmtree(places.parts, ignore_errors=True)
+
+
+class _Queue:
+    """Rows of a table to be asked for: first those whose time has come again, then fresh ones, then those put last."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows, self._fresh = rows, 0
+        self._again: list[tuple[float, int]] = []
+        self._last: deque[int] = deque()
+
+    def __len__(self) -> int:
+        return self._rows - self._fresh + len(self._again) + len(self._last)
+
+    def put(self, row: int, at: float) -> None:
+        heapq.heappush(self._again, (at, row))
+
+    def put_last(self, row: int) -> None:
+        self._last.append(row)
+
+    def wait_s(self, now: float) -> float:
+        """Seconds until `pop` has something."""
+        if self._fresh < self._rows or self._last:
+            return 0.0
+        return self._again[0][0] - now if self._again else float("inf")
+
+    def pop(self, now: float) -> int | None:
+        if self._again and self._again[0][0] <= now:
+            return heapq.heappop(self._again)[1]
+        if self._fresh < self._rows:
+            self._fresh += 1
+            return self._fresh - 1
+        return self._last.popleft() if self._last else None
+
+    def tried(self) -> list[int] | None:
+        """All rows that wait, where none of them is fresh."""
+        return None if self._fresh < self._rows else [*self._last, *(row for _, row in self._again)]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A clip that is being asked for: its row, since when, and from which address."""
+
+    row: int
+    at: float
+    governor: Governor
+
+
+class _Fleet:
+    """One run: which clips wait, which are being asked for, and what each answer leads to."""
+
+    def __init__(
+        self,
+        todo: pa.Table,
+        ledger: Ledger,
+        places: Places,
+        options: SegmentOptions,
+        update: Update,
+        say: Say,
+    ) -> None:
+        self._todo, self._ledger, self._places, self._options = todo, ledger, places, options
+        self._update, self._say = update, say
+        self._queue = _Queue(todo.num_rows)
+        self._budget = Budget(options.per_hour)
+        streak = max(12, 3 * options.jobs)
+        self._governors = [
+            Governor(options.pause, options.max_pauses, streak) for _ in options.proxy or ("",)
+        ]
+        self._turn = 0
+        self._asked: dict[str, _Asked] = {}
+        self._tries: Counter[int] = Counter()
+        self._doubtful: set[int] = (
+            set()
+        )  # recorded as failed, for what may be nobody's fault, since the last good answer
+        self._own: Counter[int] = (
+            Counter()
+        )  # times that it looked as if the clip itself, and not everything, failed
+        self._answers: dict[int, Outcome] = {}  # the last answer of each clip that was put last
+        self._had = self._failed = 0
+
+    def run(self) -> None:
+        began, ticked = time.time(), 0.0
+        try:
+            with Crew(fetch_segment, self._options.jobs) as crew:
+                while self._queue or crew.in_flight:
+                    if time.monotonic() - ticked > _TICK_EVERY_S:
+                        self._ledger.tick(began, self._had + self._failed, self._had)
+                        ticked = time.monotonic()
+                    self._send(crew)
+                    self._show()
+                    for ask, answer in crew.results(self._patience_s(crew)):
+                        self._take(self._asked.pop(ask.key), ask.key, answer)
+                    if all(governor.exhausted for governor in self._governors):
+                        self._give_up(crew)
+                        return
+        finally:
+            self._show()
+            self._ledger.tick(began, self._had + self._failed, self._had)
+            self._ledger.set_state("pause", "{}")
+
+    # --- asking
+
+    def _send(self, crew: Crew[Ask]) -> None:
+        """Ask for as many clips as workers, budget and pauses allow now."""
+        while crew.free:
+            now = time.monotonic()
+            governor = self._open_governor(now)
+            if governor is None or self._budget.wait_s(now) or (row := self._queue.pop(now)) is None:
+                return
+            self._budget.asks(now)
+            ask = self._ask(row, governor)
+            self._asked[ask.key] = _Asked(row, now, governor)
+            crew.give(ask, self._options.timeout)
+
+    def _open_governor(self, now: float) -> Governor | None:
+        """The next address in turn that is not pausing."""
+        for _ in self._governors:
+            self._turn = (self._turn + 1) % len(self._governors)
+            governor = self._governors[self._turn]
+            if not governor.exhausted and not governor.wait_s(now):
+                return governor
+        return None
+
+    def _ask(self, row: int, governor: Governor) -> Ask:
+        clip = self._todo.slice(row, 1).to_pylist()[0]
+        options = self._options
+        return Ask(
+            key=clip["key"],
+            url=options.url(clip["group"]),
+            start_s=clip["start_s"],
+            end_s=clip["end_s"],
+            media_root=self._places.media,
+            stem=stem_of(clip["key"]),
+            parts=self._places.parts / clip["key"],
+            cookies=options.cookies,
+            cookies_from_browser=options.cookies_from_browser,
+            proxy=options.proxy[self._governors.index(governor)] if options.proxy else None,
+            short_s=options.allow_short,
+            keep_silent=options.keep_silent,
+        )
+
+    def _patience_s(self, crew: Crew[Ask]) -> float:
+        """How long to wait for answers before there may be something else to do."""
+        if not crew.free:
+            return 1.0
+        now = time.monotonic()
+        pause_s = min((g.wait_s(now) for g in self._governors if not g.exhausted), default=0.0)
+        return min(max(pause_s, self._budget.wait_s(now), self._queue.wait_s(now), 0.0), 1.0)
+
+    # --- answers
+
+    def _take(self, asked: _Asked, key: str, answer: Outcome | Lost) -> None:
+        if isinstance(answer, Lost):
+            hint = "; --timeout allows more" if answer.reason == "timeout" else ""
+            answer = Outcome(key, answer.reason, answer.message + hint)
+        policy = "final" if answer.had else POLICY[answer.reason]
+        if policy == "fleet":
+            self._refused(asked, answer)
+        elif policy == "again":
+            self._stumbled(asked, answer)
+        else:
+            asked.governor.answered(asked.at)
+            self._doubtful.clear()
+            self._record(asked.row, answer)
+
+    def _refused(self, asked: _Asked, answer: Outcome) -> None:
+        """A bot check, or 429: the fleet pauses, and the clip is asked for again when others have been."""
+        now, governor = time.monotonic(), asked.governor
+        first = governor.pauses == 0
+        news = governor.refused(f"{answer.reason}: {answer.message}", asked.at, now, answer.retry_after_s)
+        self._put_last(asked.row, answer, news and first)
+        if news:
+            self._say_pause(governor, now)
+
+    def _stumbled(self, asked: _Asked, answer: Outcome) -> None:
+        """A failure that another try may heal, or that may be everybody's."""
+        now, governor, row = time.monotonic(), asked.governor, asked.row
+        if answer.reason in SUSPECT:
+            self._answers[row] = answer
+            reasons = {self._answers[other].reason for other in (*governor.in_a_row, row)}
+            if governor.failed(row, f"{answer.reason}: {answer.message}", asked.at, now):
+                self._put_last(row, answer, True)
+                self._take_back()
+                if reasons == {"tool-error"}:
+                    raise FetchError(_TOOLS_FAIL.format(answer.message))  # waiting mends no tool
+                self._say_pause(governor, now)
+                return
+        self._tries[row] += 1
+        if self._tries[row] <= self._options.retries:
+            self._queue.put(row, now + min(2.0 ** self._tries[row], _LONGEST_BACKOFF_S))
+            return
+        if answer.reason in SUSPECT:
+            self._doubtful.add(row)
+        self._record(row, answer)
+
+    def _take_back(self) -> None:
+        """Undo what was recorded of clips that failed while everything did: they will be asked for again."""
+        self._ledger.forget(self._todo["key"][row].as_py() for row in self._doubtful)
+        self._failed -= len(self._doubtful)
+        for row in self._doubtful:
+            self._tries[row] = 0
+            self._put_last(row, self._answers[row], True)
+        self._doubtful.clear()
+
+    def _put_last(self, row: int, answer: Outcome, own: bool) -> None:
+        self._queue.put_last(row)
+        self._answers[row] = answer
+        self._own[row] += own
+
+    def _give_up(self, crew: Crew[Ask]) -> None:
+        """The last pause is over: what is left is everybody's trouble, unless it is just the clips that failed before.
+
+        Raises:
+            RefusedError: it is everybody's.
+        """
+        self._take_back()
+        rows = self._queue.tried()
+        if rows is None or crew.in_flight or any(self._own[row] < 2 for row in rows):
+            raise RefusedError(self._refusal())
+        for row in rows:
+            self._record(row, self._answers[row])
+
+    def _record(self, row: int, answer: Outcome) -> None:
+        self._ledger.record(answer, self._todo["split"][row].as_py())
+        self._had += answer.had
+        self._failed += not answer.had
+
+    # --- words
+
+    def _show(self) -> None:
+        left = self._todo.num_rows - self._had - self._failed
+        now = time.monotonic()
+        pause_s = min(governor.wait_s(now) for governor in self._governors)
+        pausing = f", pausing {pause_s:.0f} s ({self._governors[0].why[:60]})" if pause_s else ""
+        self._update(
+            self._had + self._failed, f"had {self._had}, failed {self._failed}, left {left}{pausing}"
+        )
+
+    def _say_pause(self, governor: Governor, now: float) -> None:
+        if governor.exhausted:
+            return
+        who = "all workers pause" if len(self._governors) == 1 else "its proxy pauses"
+        which = f"pause {governor.pauses} of {governor.max_pauses}"
+        text = f"{who} for {governor.wait_s(now):.0f} s ({which}): {governor.why}"
+        self._say(text)
+        self._ledger.set_state(
+            "pause", json.dumps({"until": time.time() + governor.wait_s(now), "why": governor.why})
+        )
+
+    def _refusal(self) -> str:
+        left = self._todo.num_rows - self._had - self._failed
+        whys = "; ".join(sorted({governor.why for governor in self._governors}))
+        return (
+            f"stopped after {self._options.max_pauses} pauses with no answer in between: {whys}. "
+            f"{self._had} clips were had in this run, {left} are left, and none of those is marked as failed. "
+            "Wait some hours and run the same command again; or ask as somebody with --cookies FILE or "
+            "--cookies-from-browser NAME, from elsewhere with --proxy URL, or less often with --rate PER_HOUR"
+        )

@@ -1,0 +1,413 @@
+"""`pipeline fetch audioset` as a user runs it: real yt-dlp, a server that misbehaves, kills, and a second run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from clipmill.audio.media import encode_media
+from clipmill.fetch.fetched import load
+from clipmill.fetch.ledger import Ledger
+from clipmill.shards.read import Shards
+from clipmill.shards.verify import verify
+from conftest import sound
+from misbehaving import Body, Misbehaving, Reset, Short, Stall, Status, webm
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+TABLE = 'index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/m/05zppz,"Male speech, man speaking"\n2,/m/0bt9lr,"Dog"\n'
+
+
+@pytest.fixture
+def server() -> Iterator[Misbehaving]:
+    with Misbehaving() as server:
+        yield server
+
+
+def ids(count: int, seed: int = 0) -> list[str]:
+    """Ids as YouTube makes them; some begin with '-', some hold '_'."""
+    rng = random.Random(seed)
+    return sorted({"-_" + "".join(rng.choices(LETTERS, k=9)) for _ in range(count)})
+
+
+def write_list(path: Path, videos: list[str], label: str = "/m/0bt9lr", end_s: float = 3.0) -> Path:
+    head = (
+        "# Segments csv created Sun Mar  5 10:54:25 2017\n"
+        f"# num_ytids={len(videos)}, num_segs={len(videos)}, num_unique_labels=1, num_positive_labels={len(videos)}\n"
+        "# YTID, start_seconds, end_seconds, positive_labels\n"
+    )
+    path.write_text(head + "".join(f'{video}, 1.000, {end_s:.3f}, "{label}"\n' for video in videos))
+    return path
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "class_labels_indices.csv"
+    path.write_text(TABLE)
+    return path
+
+
+@pytest.fixture
+def fetch(server: Misbehaving, tmp_path: Path, table: Path, run: Callable) -> Callable:
+    """Run the command on a list, against the server."""
+
+    def fetch(
+        videos: list[str] | Path, *flags: object, root: Path = tmp_path / "data"
+    ) -> subprocess.CompletedProcess:
+        path = videos if isinstance(videos, Path) else write_list(tmp_path / "my.csv", videos)
+        return run(
+            "fetch", "audioset", "--list", path, "--label-table", table, "--root", root,
+            "--url-template", server.template, "--pause", "0.2", *flags,
+        )  # fmt: skip
+
+    return fetch
+
+
+def outcomes(root: Path) -> dict[str, str]:
+    """Video -> reason code, "" when had."""
+    with Ledger(root / "audioset/ledger.sqlite") as ledger:
+        rows = ledger.columns("key", "reason")
+    return {key.rpartition("_")[0]: reason for key, reason in zip(*rows.values(), strict=True)}
+
+
+def test_each_misbehaviour_ends_in_its_reason_and_a_second_run_heals_what_can_heal(server, fetch, tmp_path):
+    cases = {
+        "fine": (None, ""),
+        "missing": (Status(404), "unavailable"),
+        "refused": (Status(403), "forbidden"),
+        "gone": (Status(410), "removed"),
+        "broken": (Status(500), "network"),
+        "reset": (Reset(), "network"),
+        "shorter": (Short(), "network"),
+        "stalled": (Stall(), "timeout"),
+        "page": (Body(b"<html><body>try again</body></html>", "text/html"), "no-audio"),
+        "nothing": (Body(b""), "empty"),
+        "brief": (Body(webm(2.0)), "too-short"),
+        "quiet": (Body(webm(level=0.0)), "silent"),
+        "otherrate": (Body(encode_media(sound(12, 22_050).reshape(1, -1).astype("float32"), 22_050, "WAV", "PCM_16"), "audio/wav"), ""),
+        "busyonce": (Status(429, {"Retry-After": "1"}), ""),
+    }  # fmt: skip
+    videos = {name: f"{name:_<11}" for name in cases}
+    for name, (behaviour, _) in cases.items():
+        if behaviour is not None:
+            server.behave(f"{videos[name]}.webm", behaviour, times=1 if name == "busyonce" else None)
+    first = fetch(sorted(videos.values()), "--retries", "0", "--timeout", "4", "--jobs", "3")
+    root = tmp_path / "data"
+    assert first.returncode == 3, first.stderr
+    assert outcomes(root) == {videos[name]: reason for name, (_, reason) in cases.items()}
+    assert "14 in = 3 had + 11 failed + 0 skipped" in first.stderr
+    assert "all workers pause for 1 s (pause 1 of 6): rate-limited" in first.stderr
+    got = load(root, "audioset")
+    assert all(loss.message for loss in got.losses), "the tool's own words are kept"
+
+    for name in cases:
+        server.behave(f"{videos[name]}.webm", Body(webm()))
+    again = fetch(sorted(videos.values()), "--retries", "0")
+    healing = {"refused", "broken", "reset", "shorter", "stalled", "nothing"}
+    final = {videos[n]: r for n, (_, r) in cases.items() if r and n not in healing}
+    assert {video: reason for video, reason in outcomes(root).items() if reason} == final
+    assert again.returncode == 3
+
+    everything = fetch(sorted(videos.values()), "--retry", "all")
+    assert everything.returncode == 0, everything.stderr
+    assert set(outcomes(root).values()) == {""}
+
+
+def test_retry_redoes_just_the_failures_of_the_reasons_given(server, fetch, tmp_path):
+    gone, broken, fine, fresh = videos = ids(4)
+    server.behave(f"{gone}.webm", Status(404))
+    server.behave(f"{broken}.webm", Status(500))
+    fetch([gone, broken, fine], "--retries", "0")
+    server.behave(f"{gone}.webm", Body(webm()))
+    server.behave(f"{broken}.webm", Body(webm()))
+    server.requests.clear()
+    done = fetch(videos, "--retry", "network,timeout")
+    assert {request.name for request in server.requests} == {f"{broken}.webm"}
+    assert outcomes(tmp_path / "data") == {gone: "unavailable", broken: "", fine: ""}
+    assert "4 in = 2 had + 1 failed + 0 skipped + 1 left" in done.stderr
+    assert done.returncode == 3
+    del fresh
+
+
+def test_killed_twenty_times_it_ends_as_if_it_had_not_been(server, fetch, tmp_path, table):
+    videos = ids(500, seed=3)
+    for lost in videos[::50]:
+        server.behave(f"{lost}.webm", Status(404))
+    path = write_list(tmp_path / "my.csv", videos)
+    quiet = tmp_path / "quiet"
+    assert fetch(path, root=quiet).returncode == 3
+
+    root, rng = tmp_path / "data", random.Random(11)
+    command = [
+        sys.executable, "-m", "clipmill", "fetch", "audioset", "--list", str(path), "--label-table", str(table),
+        "--root", str(root), "--url-template", server.template,
+    ]  # fmt: skip
+    for kill in range(20):
+        before, enough = len(server.requests), rng.randint(1, 40)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            while len(server.requests) < before + enough and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.05))
+            assert process.poll() is None, (
+                f"done before kill {kill}: {process.stderr and process.stderr.read()}"
+            )
+            os.kill(process.pid, signal.SIGKILL)
+    asked = len(server.requests)
+    assert fetch(path, root=root).returncode == 3
+    assert len(server.requests) > asked, "nothing was left to do after the last kill"
+
+    assert state(root) == state(quiet)
+    # At most the clips in flight were lost at each kill: each of four workers' current one, asked for again.
+    per_clip = len(list(server.requests[:asked])) / len(videos)
+    assert per_clip < 4
+    assert not (root / "audioset/.parts").exists()
+
+
+def state(root: Path) -> tuple[dict, dict, bytes]:
+    """All that a fetch leaves behind, but for the times."""
+    with Ledger(root / "audioset/ledger.sqlite") as ledger:
+        rows = ledger.columns(
+            "key", "source", "outcome", "reason", "split", "bytes", "sha256", "duration_s", "start_s", "end_s"
+        )
+        tally = ledger.tally()
+    media = root / "audioset/media"
+    files = {p.relative_to(media).as_posix(): p.read_bytes() for p in media.rglob("*") if p.is_file()}
+    return {"rows": rows, "tally": tally}, files, (root / "audioset/manifest.parquet").read_bytes()
+
+
+def test_ctrl_c_ends_it_with_130_and_the_next_run_goes_on(server, fetch, tmp_path, table):
+    videos = ids(60)
+    server.behave(f"{videos[20]}.webm", Stall())
+    path = write_list(tmp_path / "my.csv", videos)
+    command = [
+        sys.executable, "-m", "clipmill", "fetch", "audioset", "--list", str(path), "--label-table", str(table),
+        "--root", str(tmp_path / "data"), "--url-template", server.template, "--jobs", "1",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not server.asked(f"{videos[20]}.webm") and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert "audioset: 20 had, 0 failed, 40 left of 60" in said
+    assert "run the same command again to go on" in said
+    server.behave(f"{videos[20]}.webm", Body(webm()))
+    server.requests.clear()
+    assert fetch(path).returncode == 0
+    assert not {request.name for request in server.requests} & {f"{video}.webm" for video in videos[:20]}
+
+
+def test_a_ban_ends_it_with_75_and_says_what_to_do(server, fetch, tmp_path):
+    server.behave(None, Status(429))
+    done = fetch(ids(30), "--pause", "0.05", "--max-pauses", "1")
+    assert done.returncode == 75
+    assert "--cookies-from-browser" in done.stderr
+    assert "audioset: 0 had, 0 failed, 30 left of 30" in done.stderr
+    assert outcomes(tmp_path / "data") == {}
+
+
+def test_status_tells_what_was_had_and_lost_by_split_reason_and_label(server, fetch, run, tmp_path):
+    videos = ids(20)
+    for lost in videos[:5]:
+        server.behave(f"{lost}.webm", Status(404))
+    fetch(videos, "--split", "eval")
+    text = run("fetch", "audioset", "--status", "--root", tmp_path / "data")
+    assert text.returncode == 0
+    for said in (
+        "20 in = 15 had + 5 failed + 0 skipped + 0 left",
+        "erann 88.2%",
+        "75.0%",
+        "unavailable",
+        "Dog",
+        "25.0%",
+    ):
+        assert said in text.stdout, said
+    told = json.loads(run("fetch", "audioset", "--status", "--json", "--root", tmp_path / "data").stdout)
+    assert (told["had"], told["failed"], told["left"], told["reasons"]) == (15, 5, 0, {"unavailable": 5})
+    assert told["splits"] == [
+        {"split": "eval", "wanted": 20, "had": 15, "failed": 5, "left": 0, "share_had": 0.75,
+         "papers": {"erann": 0.882, "panns": 0.9272}},
+    ]  # fmt: skip
+    assert told["labels"] == [{"label": "Dog", "wanted": 20, "lost": 5}]
+    assert told["bytes"] == sum(p.stat().st_size for p in (tmp_path / "data/audioset/media").rglob("*.webm"))
+
+
+def test_status_of_what_was_never_fetched_is_an_error(run, tmp_path):
+    done = run("fetch", "audioset", "--status", "--root", tmp_path)
+    assert done.returncode == 1
+    assert "has not been fetched under" in done.stderr
+
+
+def test_a_dry_run_says_clips_hours_and_disk_and_asks_for_nothing(server, fetch, tmp_path):
+    done = fetch(ids(30), "--dry-run", "--rate", "300", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert (plan["wanted"], plan["had"], plan["ask"], plan["hours"]) == (30, 0, 30, 0.1)
+    assert plan["bytes"] > 0
+    assert not server.requests
+    assert not (tmp_path / "data/audioset/manifest.parquet").exists()
+    fetch(ids(30), "--limit", "10")
+    plan = json.loads(fetch(ids(30), "--dry-run", "--json").stdout)
+    assert (plan["wanted"], plan["had"], plan["ask"]) == (30, 10, 20)
+
+
+def test_splits_add_up_and_asking_again_for_one_replaces_it(server, fetch, tmp_path):
+    train, evaluation = ids(8, seed=1), ids(6, seed=2)
+    fetch(train, "--split", "balanced_train")
+    fetch(evaluation, "--split", "eval")
+    got = load(tmp_path / "data", "audioset")
+    assert (got.manifest.num_rows, got.counts["had"]) == (14, 14)
+    fetch(train, "--split", "balanced_train", "--limit", "3")
+    got = load(tmp_path / "data", "audioset")
+    assert (got.manifest.num_rows, got.counts["had"]) == (9, 9)
+    server.requests.clear()
+    fetch(train, "--split", "balanced_train")
+    assert load(tmp_path / "data", "audioset").counts["had"] == 14
+    assert not server.requests, "what was set aside is remembered, and not fetched again"
+
+
+def test_what_is_had_so_far_can_be_sharded_and_carries_what_it_is(server, fetch, run, tmp_path):
+    videos = ids(7)
+    server.behave(f"{videos[0]}.webm", Status(404))
+    fetch(videos, "--split", "eval")
+    done = run("shard", "audioset", "--root", tmp_path / "data", "--jobs", "1")
+    assert done.returncode == 3
+    assert "7 in = 6 written + 1 failed + 0 skipped" in done.stderr
+    folder = tmp_path / "data/audioset/shards/webdataset-flac-44100"
+    assert not verify(folder).problems
+    shards = Shards.open(folder)
+    row = shards.index.slice(0, 1).to_pylist()[0]
+    assert row["key"].endswith("_1000")
+    assert (row["split"], row["labels"], row["samples"], row["group"]) == (
+        "eval",
+        ["Dog"],
+        88_200,
+        row["key"][:-5],
+    )
+
+
+def test_shards_of_a_half_fetched_list_say_how_much_is_not_there_yet(server, fetch, run, tmp_path):
+    videos = ids(6)
+    server.behave(f"{videos[3]}.webm", Status(429))
+    assert fetch(videos, "--jobs", "1", "--max-pauses", "0").returncode == 75
+    done = run("shard", "audioset", "--root", tmp_path / "data", "--jobs", "1")
+    assert "clips of audioset are not fetched yet; the shards hold what is had so far" in done.stderr
+    assert "3 in = 3 written + 0 failed + 0 skipped" in done.stderr
+
+
+def test_strong_labels_travel_as_events_into_the_shards(server, fetch, run, tmp_path):
+    video = ids(1)[0]
+    path = write_list(tmp_path / "my.csv", [video], end_s=11.0)
+    strong = tmp_path / "strong.tsv"
+    strong.write_text(
+        "segment_id\tstart_time_seconds\tend_time_seconds\tlabel\n"
+        f"{video}_1000\t0.5\t2.25\t/m/0bt9lr\n{video}_1000\t3.0\t9.0\t/m/09x0r\n"
+    )
+    (tmp_path / "class_labels_indices.csv").write_text("/m/09x0r\tSpeech\n/m/0bt9lr\tDog\n")
+    done = fetch(path, "--strong", "--list", strong, "--split", "eval")
+    assert done.returncode == 0, done.stderr
+    run("shard", "audioset-strong", "--root", tmp_path / "data", "--jobs", "1")
+    index = pq.read_table(
+        tmp_path / "data/audioset-strong/shards/webdataset-flac-44100/index.parquet"
+    ).to_pylist()
+    assert index[0]["events"] == [
+        {"label": "Dog", "start_s": 0.5, "end_s": 2.25}, {"label": "Speech", "start_s": 3.0, "end_s": 9.0},
+    ]  # fmt: skip
+    assert index[0]["labels"] == ["Dog", "Speech"]
+
+
+def test_media_already_here_are_adopted_and_only_the_rest_is_asked_for(server, fetch, tmp_path, run):
+    here, broken, absent = ids(3)
+    media = tmp_path / "copies"
+    media.mkdir()
+    soundfile.write(media / f"{here}.flac", sound(2.0, 16_000), 16_000)
+    (media / f"Y{broken}.wav").write_bytes(b"RIFF\x10\0\0\0WAVEnothing")
+    before = {path: path.read_bytes() for path in media.iterdir()}
+    done = fetch([here, broken, absent], "--from", media, "--offline")
+    assert done.returncode == 3
+    assert "3 in = 1 had + 0 failed + 0 skipped + 2 left" in done.stderr
+    assert not server.requests
+    done = fetch([here, broken, absent], "--from", media)
+    assert done.returncode == 0, done.stderr
+    assert {request.name for request in server.requests} == {f"{broken}.webm", f"{absent}.webm"}
+    assert {path: path.read_bytes() for path in media.iterdir()} == before
+    assert run("shard", "audioset", "--root", tmp_path / "data", "--jobs", "1").returncode == 0
+
+
+def test_a_lock_names_the_clips_and_another_lab_takes_just_those(server, fetch, run, tmp_path):
+    videos = ids(6)
+    server.behave(f"{videos[1]}.webm", Status(404))
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    fetch(videos, "--split", "eval", root=ours)
+    first, second = tmp_path / "ours.lock", tmp_path / "theirs.lock.gz"
+    assert run("lock", "audioset", "--out", first, "--root", ours).returncode == 0
+    server.behave(f"{videos[1]}.webm", Body(webm()))
+    server.behave(f"{videos[2]}.webm", Status(404))
+    server.behave(f"{videos[3]}.webm", Body(webm(12.0, 24_000)))  # the same video, encoded anew
+    done = fetch(videos, "--split", "eval", "--lock", first, root=theirs)
+    assert "the lock names 5 clips; 5 of them stand in the lists asked for" in done.stderr
+    assert "5 in = 4 had + 1 failed" in done.stderr
+    assert run("lock", "audioset", "--out", second, "--root", theirs).returncode == 0
+    diff = run("lock", "diff", first, second, "--json")
+    assert diff.returncode == 1
+    told = json.loads(diff.stdout)
+    assert told["only_first"] == [f"{videos[2]}_1000"]
+    assert told["only_second"] == []
+    assert told["other_content"] == [f"{videos[3]}_1000"]
+    assert told["same"] == 3
+    assert run("lock", "diff", first, first).returncode == 0
+    shard = run("shard", "audioset", "--root", theirs, "--lock", first, "--jobs", "1")
+    assert "5 clips = 3 the same + 1 of other content + 1 not had" in shard.stderr
+    assert "5 in = 4 written + 1 failed + 0 skipped" in shard.stderr
+    info = json.loads((theirs / "audioset/shards/webdataset-flac-44100/dataset.json").read_text())
+    assert (
+        info["about"]["lock_id"]
+        == json.loads(
+            run("lock", "make", "audioset", "--out", tmp_path / "x", "--root", ours, "--json").stdout
+        )["id"]
+    )
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--url-template", "http://127.0.0.1/watch"], "expected an http(s) address with {id} in it"),
+    (["--cookies", "nowhere.txt"], "--cookies nowhere.txt: is no file"),
+    (["--retry", "networks"], "--retry networks: no such reason; known: all,"),
+    (["--offline"], "--offline adopts media from --from DIR, and none was given"),
+    (["--name", "a/b"], "dataset name 'a/b': allowed are"),
+    (["--labels", "Dogs"], "Dog"),
+    (["--lock", "nowhere.lock"], "nowhere.lock: cannot be read as a lock"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_in_words(fetch, flags, said):
+    done = fetch(ids(1), *flags)
+    assert done.returncode in (1, 2)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_two_fetches_of_one_dataset_at_once_are_refused(server, fetch, tmp_path, table):
+    videos = ids(2)
+    server.behave(None, Stall())
+    path = write_list(tmp_path / "my.csv", videos)
+    command = [
+        sys.executable, "-m", "clipmill", "fetch", "audioset", "--list", str(path), "--label-table", str(table),
+        "--root", str(tmp_path / "data"), "--url-template", server.template,
+    ]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while not server.requests and process.poll() is None:
+            time.sleep(0.01)
+        second = fetch(path)
+        process.kill()
+    assert second.returncode == 1
+    assert "another run is writing there" in second.stderr
