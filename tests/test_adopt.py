@@ -21,7 +21,7 @@ from clipmill.errors import FetchError
 from clipmill.fetch.adopt import Adoption, adopt, adopt_media
 from clipmill.fetch.fetched import known
 from clipmill.fetch.find import find_media
-from clipmill.fetch.ledger import Ledger
+from clipmill.fetch.ledger import Ledger, Outcome
 from clipmill.fetch.options import SegmentOptions
 from clipmill.fetch.watch import Watch
 from clipmill.shards.job import make_shards
@@ -172,10 +172,10 @@ def test_a_folder_with_nothing_wanted_says_what_it_holds_and_what_is_known(tmp_p
     touch(tmp_path / "full", "drum.wav")
     got = find_media([tmp_path / "empty", tmp_path / "full"], wanted((ID, 0.0, 10.0)))
     assert got.media.num_rows == 0
-    assert got.warnings[0].startswith(
+    assert got.barren[0].startswith(
         f"--from {tmp_path}/empty: holds none of the clips wanted (no sound files)"
     )
-    assert "(1 names seen, such as 'drum'); known are ID.ext, YID.ext" in got.warnings[1]
+    assert "(1 names seen, such as 'drum'); known are ID.ext, YID.ext" in got.barren[1]
 
 
 def test_a_folder_that_may_not_be_read_is_named_and_the_rest_is_found():
@@ -199,7 +199,7 @@ def test_a_folder_that_may_not_be_read_is_named_and_the_rest_is_found():
 def test_folders_are_not_looked_through_when_nothing_is_wanted(tmp_path):
     touch(tmp_path, f"{ID}.wav")
     got = find_media([tmp_path], wanted())
-    assert (got.media.num_rows, got.seen, got.warnings) == (0, 0, [])
+    assert (got.media.num_rows, got.seen, got.warnings, got.barren) == (0, 0, [], [])
     assert got.media.column_names == ["key", "source", "kind"]
 
 
@@ -281,11 +281,13 @@ def test_what_a_copy_lacks_is_a_reason(tmp_path):
     assert adopt(job(tmp_path / "silent.wav", keep_silent=True)).had
 
 
-def adopted(root: Path, clips: pa.Table, *dirs: Path, jobs: int = 1) -> tuple[pa.Table, list[str]]:
+def adopted(
+    root: Path, clips: pa.Table, *dirs: Path, jobs: int = 1, timeout: float = 60.0
+) -> tuple[pa.Table, list[str]]:
     """Adopt from folders into a new ledger: the manifest as it is then known, and what was said."""
     said: list[str] = []
     with Ledger(root / "ledger.sqlite", write=True) as ledger:
-        options = SegmentOptions(from_dirs=dirs, jobs=jobs, offline=True)
+        options = SegmentOptions(from_dirs=dirs, jobs=jobs, offline=True, timeout=timeout)
         adopt_media(clips, ledger, root, options, Watch(say=said.append))
         return known(clips, ledger), said
 
@@ -360,3 +362,40 @@ def test_a_whole_video_in_a_lossy_container_gives_its_stretch(tmp_path):
     (tmp_path / "x.webm").write_bytes(encode_media(wave, 48000, "webm", "libopus"))
     outcome = adopt(job(tmp_path / "x.webm", 8.0, 12.0))
     assert (outcome.start_s, outcome.end_s, outcome.duration_s) == (8.0, 12.0, pytest.approx(4.0, abs=0.002))
+
+
+def test_what_another_fetch_had_is_taken_by_its_ledger_to_the_sample(tmp_path):
+    # A file that holds more than the clip, as a cut does: only the ledger knows where in it the clip lies.
+    wave = sound(12.0, RATE, seed=9)
+    other = tmp_path / "second-machine/audioset"
+    write_wave(other / "media/ab" / f"{ID}_30000.wav", wave)
+    tables.write_json(other / "fetch.json", {"media_root": "/moved/since"})
+    with Ledger(other / "ledger.sqlite", write=True) as ledger:
+        ledger.record(Outcome(f"{ID}_30000", source=f"ab/{ID}_30000.wav", start_s=0.25, end_s=10.25), "train")
+    write_wave(other / "media/ab" / f"{OTHER}_30000.wav", wave)  # in flight when that machine stopped
+    for number, place in enumerate((other, other / "media", other.parent)):
+        root = tmp_path / f"here-{number}"
+        root.mkdir()
+        manifest, said = adopted(root, wanted((ID, 30.0, 40.0), (OTHER, 30.0, 40.0)), place)
+        row = manifest.to_pylist()[0]
+        assert manifest.num_rows == 1
+        assert (row["source"], row["start_s"], row["end_s"]) == (
+            f"{other}/media/ab/{ID}_30000.wav", 0.25, 10.25,
+        )  # fmt: skip
+        assert said == ["adopted 1 of 2 clips wanted, read where they stand"]
+
+
+def write_wave(path: Path, wave: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, wave, RATE)
+
+
+def test_a_source_that_hangs_its_worker_costs_itself_alone(tmp_path):
+    source = tmp_path / "copy"
+    for video in (ID, OTHER):
+        write(source / f"{video}.wav", 10.0)
+    os.mkfifo(source / "dead_______.wav")  # whoever opens it waits for good
+    clips = wanted((ID, 30.0, 40.0), (OTHER, 30.0, 40.0), ("dead_______", 0.0, 10.0))
+    manifest, said = adopted(tmp_path, clips, source, timeout=2.0)
+    assert manifest.num_rows == 2
+    assert "1 sources found cannot be used (timeout 1)" in said[-1]

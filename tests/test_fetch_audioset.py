@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -411,3 +414,38 @@ def test_two_fetches_of_one_dataset_at_once_are_refused(server, fetch, tmp_path,
         process.kill()
     assert second.returncode == 1
     assert "another run is writing there" in second.stderr
+
+
+def test_progress_is_a_live_bar_on_a_terminal(server, tmp_path, table):
+    path = write_list(tmp_path / "my.csv", ids(6))
+    command = [
+        sys.executable, "-m", "clipmill", "fetch", "audioset", "--list", str(path), "--label-table", str(table),
+        "--root", str(tmp_path / "data"), "--url-template", server.template, "--rate", "7200",
+    ]  # fmt: skip
+    screen, terminal = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}
+    shown = b""
+    with subprocess.Popen(command, stderr=terminal, env=env) as process:
+        os.close(terminal)
+        with contextlib.suppress(OSError):  # the end of a terminal is an error
+            while block := os.read(screen, 4096):
+                shown += block
+    os.close(screen)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert process.returncode == 0
+    assert re.search(
+        r"fetch audioset .*[0-5]/6 +clips +[\d.]+/[hs] +\d:\d\d:\d\d had [0-5], failed 0, left [1-6]", text
+    )
+    assert "had 6, failed 0, left 0" in text
+
+
+def test_progress_is_a_plain_line_now_and_then_elsewhere(fetch):
+    done = fetch(ids(5), "--rate", "1200")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fetch audioset: ")]
+    assert lines
+    assert all(
+        re.fullmatch(r"fetch audioset: \d/5 clips, \d+/h(, \d+ s left)?, had \d, failed 0, left \d", line)
+        for line in lines
+    )
+    assert "\x1b" not in done.stderr
+    assert "\r" not in done.stderr

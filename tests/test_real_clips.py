@@ -16,8 +16,17 @@ import soundfile
 import webdataset
 
 from clipmill import tables
+from clipmill.audio import prepare_clip
 from clipmill.audio.ffmpeg import ffmpeg_program
+from clipmill.fetch.fetched import known
+from clipmill.fetch.ledger import Ledger
+from clipmill.fetch.options import SegmentOptions
+from clipmill.fetch.segments import Places, fetch_segments
+from clipmill.shards.job import make_shards
+from clipmill.shards.plan import ShardSpec
+from clipmill.shards.read import Shards
 from conftest import SHARED
+from misbehaving import Body, Misbehaving
 
 pytestmark = pytest.mark.shared_data
 
@@ -166,3 +175,35 @@ def test_nasty_files_give_the_same_account_from_any_number_of_jobs(run, tmp_path
             hashlib.sha256(path.read_bytes()).digest()
             == hashlib.sha256((tmp_path / "2" / path.name).read_bytes()).digest()
         )
+
+
+def test_stretches_fetched_one_by_one_are_those_of_the_originals(tmp_path):
+    """Real Vorbis through a server, cut by packets, to the shards: the same sound, to WebM's millisecond."""
+    chosen = sorted((SHARED / "esc10/audio").glob("*.ogg"))[::20]
+    todo = tables.manifest_table({
+        "key": [path.stem for path in chosen],
+        "source": [""] * len(chosen),
+        "labels": [["real"]] * len(chosen),
+        "start_s": [1.25] * len(chosen),
+        "end_s": [3.25] * len(chosen),
+        "group": [path.stem for path in chosen],
+    })  # fmt: skip
+    with Misbehaving() as server, Ledger(tmp_path / "ledger.sqlite", write=True) as ledger:
+        for path in chosen:
+            server.behave(f"{path.stem}.ogg", Body(path.read_bytes(), "audio/ogg"))
+        options = SegmentOptions(url_template=f"{server.root}/watch/{{id}}.ogg", keep_silent=True)
+        places = Places(tmp_path / "media", tmp_path / "parts")
+        fetch_segments(todo, ledger, places, options, lambda done, facts: None, lambda line: None)
+        manifest = known(todo, ledger)
+        assert ledger.counts() == {"had": len(chosen), "failed": 0, "skipped": 0}
+    make_shards("real", manifest, [], places.media, tmp_path / "shards", ShardSpec(keep_silent=True))
+    shards = Shards.open(tmp_path / "shards")
+    for row, key in enumerate(shards.index["key"].to_pylist()):
+        wave = shards.read(row).astype(np.float64)
+        whole = prepare_clip(SHARED / f"esc10/audio/{key}.ogg", 44_100, 1.2, 3.3).samples.astype(np.float64)
+        assert len(wave) == 88_200
+        # Where it lies in what was decoded around it: 50 ms in, give or take the millisecond.
+        places_found = [round(0.05 * 44_100) + lag for lag in range(-45, 46)]
+        errors = [np.square(wave[:-100] - whole[at : at + 88_100]).mean() for at in places_found]
+        power = max(np.square(wave).mean(), 1e-9)
+        assert min(errors) <= power * 1e-4 + 1.0, key

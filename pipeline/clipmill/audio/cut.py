@@ -81,6 +81,8 @@ def _copy(container: av.container.InputContainer, start_s: float, end_s: float, 
     first = next(packets, None)
     if first is None or first.pts is None:
         raise DecodeError("too-short", f"the source ends before {start_s:g} s")
+    if container.format.name == "ogg" and name == "vorbis":
+        first, packets = _trusted(first, packets)
     # What comes before zero is an encoder's priming, which decoders drop: the first of the packets kept must
     # stand there too, or the sound would be late by what is dropped.
     shift = first.pts + _priming(stream) if first.pts > 0 else 0
@@ -119,6 +121,19 @@ def _packets(
             return
         if at_s + (packet.duration or 0) * tick_s > from_s:
             yield packet
+
+
+def _trusted(first: av.Packet, packets: Iterator[av.Packet]) -> tuple[av.Packet, Iterator[av.Packet]]:
+    """Begin where the second packet, the first that sounds, comes when it should.
+
+    FFmpeg takes the first packet of each Ogg page for shorter or longer than it is where Vorbis changes its
+    block size there, and its time is wrong by that: up to 10 ms.
+    """
+    for second in packets:
+        if second.pts == (first.pts or 0) + (first.duration or 0):
+            return first, _joined(second, packets)
+        first = second
+    return first, packets
 
 
 def _priming(stream: av.AudioStream) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,11 +14,12 @@ import pyarrow.compute as pc
 from clipmill.audio.duration import stated_s
 from clipmill.errors import DecodeError
 from clipmill.fetch.check import check_media
-from clipmill.fetch.find import find_media
+from clipmill.fetch.find import Found, find_media
 from clipmill.fetch.ledger import Ledger, Outcome
 from clipmill.fetch.options import SegmentOptions
+from clipmill.fetch.others import had_by_others
 from clipmill.fetch.watch import Watch
-from clipmill.run import run_units
+from clipmill.run import Crew, Lost
 from clipmill.sources import in_place_order, opened
 
 _SLACK_S = 1.0
@@ -29,7 +31,10 @@ _AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Adoption:
-    """A source that may be a clip: the stretch of the video (seconds) that the clip is, and what is let pass."""
+    """A source that may be a clip: the stretch of the video (seconds) that the clip is, and what is let pass.
+
+    `place`: where in the source the clip lies, where that is known; else the source's length tells.
+    """
 
     key: str
     source: str
@@ -37,6 +42,7 @@ class Adoption:
     end_s: float | None
     short_s: float = 0.5
     keep_silent: bool = False
+    place: tuple[float | None, float | None] | None = None
 
 
 def adopt_media(
@@ -48,30 +54,45 @@ def adopt_media(
 
     Raises:
         FetchError: one of the folders is none.
-        RunError: a worker process died.
     """
-    found = find_media(options.from_dirs, wanted)
-    for warning in found.warnings:
+    others, found = candidates(options.from_dirs, wanted)
+    for warning in (*found.warnings, *(() if others.num_rows else found.barren)):
         watch.say(warning)
     if found.duplicates:
         watch.say(f"{found.duplicates} clips have several sources; the first in order was taken")
-    watch.total("adopt", found.media.num_rows, "clips")
+    watch.total("adopt", others.num_rows + found.media.num_rows, "clips")
     splits = dict(zip(wanted["key"].to_pylist(), wanted["split"].to_pylist(), strict=True))
     had, unfit, example = 0, Counter[str](), ""
-    units = _units(found.media, wanted, media_root, options)
-    for outcomes in run_units(_adopt_all, units, options.jobs):
-        for outcome in outcomes:
-            if outcome.had:
-                had += 1
-                ledger.record(outcome, splits[outcome.key])
-            else:
-                unfit[outcome.reason] += 1
-                example = example or f"{outcome.source}: {outcome.reason}: {outcome.message}"
+    units = chain(
+        _units(others, wanted, media_root, options),
+        _units(found.media.select(["key", "source"]), wanted, media_root, options),
+    )
+    for outcome in _adopt_all(units, options):
+        if outcome.had:
+            had += 1
+            ledger.record(outcome, splits[outcome.key])
+        else:
+            unfit[outcome.reason] += 1
+            example = example or f"{outcome.source}: {outcome.reason}: {outcome.message}"
         watch.update(had + unfit.total(), f"had {had}, unfit {unfit.total()}")
     watch.say(f"adopted {had} of {wanted.num_rows} clips wanted, read where they stand")
     if unfit:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(unfit.items()))
         watch.say(f"  {unfit.total()} sources found cannot be used ({reasons}), such as {example}")
+
+
+def candidates(dirs: Sequence[Path], wanted: pa.Table) -> tuple[pa.Table, Found]:
+    """What the folders hold of `wanted`: clips that a fetch of ours had there (see `others`), and of the rest, media.
+
+    Raises:
+        FetchError: one of the folders is none.
+    """
+    warnings: list[str] = []
+    others = had_by_others(dirs, wanted, warnings)
+    rest = wanted.filter(pc.invert(pc.is_in(wanted["key"], others["key"].combine_chunks())))
+    found = find_media(dirs, rest)
+    found.warnings[:0] = warnings
+    return others, found
 
 
 def adopt(job: Adoption, media_root: Path = Path("/")) -> Outcome:
@@ -84,7 +105,7 @@ def adopt(job: Adoption, media_root: Path = Path("/")) -> Outcome:
     try:
         with opened(media_root, job.source) as path:
             size = path.stat().st_size if path.exists() else None
-            start_s, end_s = _stretch(job, wanted_s, stated_s(path))
+            start_s, end_s = job.place or _stretch(job, wanted_s, stated_s(path))
             checked = check_media(
                 path, start_s, end_s, wanted_s or 0.0, short_s=job.short_s, keep_silent=job.keep_silent
             )
@@ -116,21 +137,48 @@ Unit = tuple[Path, list[Adoption]]
 
 
 def _units(media: pa.Table, wanted: pa.Table, media_root: Path, options: SegmentOptions) -> Iterator[Unit]:
-    """The sources found, a few at a time, neighbours together."""
+    """The sources found, a few at a time, neighbours together; with start_s and end_s, their places are known."""
     media = media.take(in_place_order(media["source"]))
     place = pc.index_in(media["key"], wanted["key"].combine_chunks())
     for first in range(0, media.num_rows, _AT_ONCE):
-        rows = wanted.select(["key", "start_s", "end_s"]).take(place.slice(first, _AT_ONCE))
-        sources = media["source"].slice(first, _AT_ONCE).to_pylist()
+        clips = wanted.select(["key", "start_s", "end_s"]).take(place.slice(first, _AT_ONCE)).to_pylist()
+        rows = media.slice(first, _AT_ONCE).to_pylist()
         yield (
             media_root,
             [
-                Adoption(source=source, short_s=options.allow_short, keep_silent=options.keep_silent, **row)
-                for source, row in zip(sources, rows.to_pylist(), strict=True)
+                Adoption(
+                    **clip,
+                    source=row["source"],
+                    short_s=options.allow_short,
+                    keep_silent=options.keep_silent,
+                    place=(row["start_s"], row["end_s"]) if "start_s" in row else None,
+                )
+                for clip, row in zip(clips, rows, strict=True)
             ],
         )
 
 
-def _adopt_all(unit: Unit) -> list[Outcome]:
+def _adopt_all(units: Iterator[Unit], options: SegmentOptions) -> Iterator[Outcome]:
+    """What each source comes to, in any order; one that hangs or takes its worker with it costs itself alone."""
+    alone: list[Unit] = []
+    with Crew(_adopt_unit, options.jobs) as crew:
+        unit = next(units, None)
+        while unit or alone or crew.in_flight:
+            while crew.free and (unit or alone):
+                if alone:
+                    crew.give(alone.pop(), options.timeout)
+                elif unit:
+                    crew.give(unit, options.timeout * max(1.0, len(unit[1]) / 4))
+                    unit = next(units, None)
+            for (media_root, jobs), answer in crew.results(1.0):
+                if not isinstance(answer, Lost):
+                    yield from answer
+                elif len(jobs) > 1:  # one of them did it: each by itself
+                    alone += [(media_root, [job]) for job in jobs]
+                else:
+                    yield Outcome(jobs[0].key, answer.reason, answer.message, jobs[0].source)
+
+
+def _adopt_unit(unit: Unit) -> list[Outcome]:
     media_root, jobs = unit
     return [adopt(job, media_root) for job in jobs]

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from clipmill.datasets.folder import SOUND_SUFFIXES
 from clipmill.errors import FetchError
+from clipmill.fetch.others import dataset_of
 from clipmill.sources import row_parts, tar_part
 
 NAMES = "ID.ext, YID.ext, ID_START.ext, ID_START_END.ext (s or ms), 'Title [ID].ext', Title-ID.ext, KEY.ext"
@@ -41,13 +42,14 @@ class Found:
     `media`: a row for each clip found: `key`, `source` (absolute; see `clipmill.sources`) and
     `kind`, one of `KINDS`. `seen`: names looked at. `duplicates`: clips that several sources
     could be, of which the most telling name, then the first in order, was taken. `warnings`:
-    what could not be read, and folders that hold nothing wanted.
+    what could not be read. `barren`: folders that hold nothing wanted.
     """
 
     media: pa.Table
     seen: int = 0
     duplicates: int = 0
     warnings: list[str] = field(default_factory=list)
+    barren: list[str] = field(default_factory=list)
 
 
 def find_media(dirs: Sequence[Path], wanted: pa.Table) -> Found:
@@ -78,7 +80,7 @@ def find_media(dirs: Sequence[Path], wanted: pa.Table) -> Found:
             matched += parts[-1].num_rows
         if not matched:
             said = f"{found.seen - before} names seen, such as {example}" if example else "no sound files"
-            found.warnings.append(
+            found.barren.append(
                 f"--from {folder}: holds none of the clips wanted ({said}); known are {NAMES}"
             )
     found.media, found.duplicates = _best(pa.concat_tables([_no_candidates(), *parts]))
@@ -126,6 +128,8 @@ def _scan(root: Path, warnings: list[str]) -> Iterator[Names]:
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
+            if dataset_of(Path(folder)):
+                continue  # its ledger has told what it holds
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):

@@ -18,9 +18,8 @@ from clipmill import __version__, tables
 from clipmill.datasets import Dataset, Prepared
 from clipmill.datasets.archive import MEDIA_FOLDER
 from clipmill.fetch import archives
-from clipmill.fetch.adopt import adopt_media
+from clipmill.fetch.adopt import adopt_media, candidates
 from clipmill.fetch.fetched import FETCH_FILE, LEDGER_FILE, MANIFEST_FILE, Fetched, folder_of, load
-from clipmill.fetch.find import find_media
 from clipmill.fetch.ledger import Ledger
 from clipmill.fetch.lock import Lock
 from clipmill.fetch.options import SegmentOptions
@@ -122,9 +121,10 @@ def foresee(
                 had = ledger.columns("key", "bytes", outcome="had")
                 pace, ask, adopt = ledger.pace(), to_ask(manifest, ledger, options.retry), 0
                 if options.from_dirs:
-                    found = find_media(options.from_dirs, to_adopt(manifest, ledger))
-                    adopt = pc.count_distinct(found.media["key"]).as_py()
-                    ask = ask.filter(pc.invert(pc.is_in(ask["key"], found.media["key"].combine_chunks())))
+                    others, found = candidates(options.from_dirs, to_adopt(manifest, ledger))
+                    here = pa.concat_arrays([t["key"].combine_chunks() for t in (others, found.media)])
+                    adopt = len(here)
+                    ask = ask.filter(pc.invert(pc.is_in(ask["key"], here)))
     seconds = pc.sum(pc.subtract(ask["end_s"], ask["start_s"])).as_py() or 0.0
     had_seconds = 10.0 * len(had["key"])
     each_s = sum(size or 0 for size in had["bytes"]) / had_seconds if had_seconds else _BYTES_A_SECOND
