@@ -20,7 +20,7 @@ import pytest
 
 from clipmill.datasets import Remote
 from clipmill.errors import FetchError
-from clipmill.fetch import http
+from clipmill.fetch.governor import seconds_to_wait
 from clipmill.fetch.http import download
 from clipmill.fetch.watch import Watch
 
@@ -289,13 +289,13 @@ def test_retry_after_is_waited_for_whether_in_seconds_or_as_a_date(server, tmp_p
     server.plan["a.zip"] = ["status:429,1", "fine"]
     get(remote(server), tmp_path, watch=Watch(say=said.append))
     assert said == ["a.zip: HTTP 429 Too Many Requests and asks to wait for 1 s; asking again in 1 s"]
-    assert http._retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert seconds_to_wait("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     assert (
         3000
-        < http._retry_after_s(time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 3600)))
+        < seconds_to_wait(time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 3600)))
         < 3700
     )
-    assert http._retry_after_s("soon") == 0
+    assert seconds_to_wait("soon") is None
 
 
 def test_a_server_that_wants_an_hour_is_not_waited_for(server, tmp_path):

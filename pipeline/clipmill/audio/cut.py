@@ -85,7 +85,8 @@ def _copy(container: av.container.InputContainer, start_s: float, end_s: float, 
         first, packets = _trusted(first, packets)
     # What comes before zero is an encoder's priming, which decoders drop: the first of the packets kept must
     # stand there too, or the sound would be late by what is dropped.
-    shift = first.pts + _priming(stream) if first.pts > 0 else 0
+    at = first.pts or 0
+    shift = at + _priming(stream) if at > 0 else 0
     # In memory first: PyAV would hide the error of a disk that is full behind one of its own.
     made = io.BytesIO()
     with av.open(made, "w", format=kind, container_options={"fflags": "+bitexact"}) as output:

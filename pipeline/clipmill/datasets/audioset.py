@@ -86,6 +86,9 @@ class Audioset:
     )
 
     by_segment: ClassVar[bool] = True
+    mend: ClassVar[str] = (
+        "Give the lists that you have with --list FILE, and the table with --label-table FILE"
+    )
 
     @property
     def name(self) -> str:

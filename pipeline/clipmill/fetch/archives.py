@@ -38,7 +38,7 @@ def provide(dataset: Dataset, folder: Path, watch: Watch = QUIET) -> None:
             if isinstance(dataset, Archived):
                 _provide_archive(dataset, remote, folder, watch)
             else:
-                download(remote, downloads / remote.file, watch=watch)
+                download(remote, downloads / remote.file, watch=watch, mend=getattr(dataset, "mend", ""))
     finally:
         with suppress(OSError):  # where it is empty
             downloads.rmdir()

@@ -9,7 +9,10 @@ told the time, in seconds of any one clock, and sleep never.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 
 LONGEST_PAUSE_S = 3600.0
 LONGEST_RETRY_AFTER_S = 6 * 3600.0
@@ -86,3 +89,16 @@ class Governor:
     def exhausted(self) -> bool:
         """Whether it has paused as often as it may, and was refused again."""
         return self.pauses > self.max_pauses
+
+
+def seconds_to_wait(retry_after: str) -> float | None:
+    """What a Retry-After header asks for, in seconds from now (RFC 9110, 10.2.3: seconds, or a date); None: nothing."""
+    if re.fullmatch(r"\s*\d+(\.\d+)?\s*", retry_after):
+        return float(retry_after)
+    try:
+        until = parsedate_to_datetime(retry_after)
+    except ValueError:
+        return None
+    if until.tzinfo is None:
+        until = until.replace(tzinfo=timezone.utc)
+    return max((until - datetime.now(timezone.utc)).total_seconds(), 0.0)

@@ -8,7 +8,6 @@ behind the beginning of the old one.
 
 from __future__ import annotations
 
-import email.utils
 import hashlib
 import os
 import re
@@ -26,6 +25,7 @@ import urllib3
 from clipmill import __version__, tables
 from clipmill.datasets import Remote
 from clipmill.errors import FetchError, TableError
+from clipmill.fetch.governor import seconds_to_wait
 from clipmill.fetch.watch import QUIET, Watch
 
 BLOCK_BYTES = 1 << 20
@@ -230,7 +230,7 @@ def _begin(response: requests.Response, have: int, part: _Part, remote: Remote) 
         raise _Failed("HTTP 416: the file there is shorter than what had come of it")
     if code not in (200, 206):
         patient = code in (408, 425, 429) or code >= 500
-        after_s = _retry_after_s(response.headers.get("Retry-After", "")) if patient else 0.0
+        after_s = (seconds_to_wait(response.headers.get("Retry-After", "")) or 0.0) if patient else 0.0
         asked = f" and asks to wait for {after_s:.0f} s" if after_s else ""
         raise _Failed(f"HTTP {code} {response.reason}{asked}", final=not patient, retry_after_s=after_s)
     length = response.headers.get("Content-Length", "")
@@ -306,13 +306,3 @@ def _cause(error: BaseException) -> str:
             return inner.strerror
         inner = inner.__cause__ or inner.__context__
     return " ".join(str(error).split())
-
-
-def _retry_after_s(text: str) -> float:
-    """What a Retry-After asks for, in seconds from now; it is given as seconds or as a date."""
-    if text.strip().isdigit():
-        return float(text)
-    try:
-        return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
-    except (TypeError, ValueError):
-        return 0.0

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 
 from clipmill.errors import DecodeError
+from clipmill.fetch.governor import seconds_to_wait
 
 POLICY = {
     # The clip's own: asking again is a waste of the budget.
@@ -110,7 +109,8 @@ def classify(error: BaseException, log: str = "") -> tuple[str, str, float | Non
     chain = list(_behind(error))
     message = _one_line(chain[0])
     answers = [cause for cause in chain if getattr(cause, "status", None) and hasattr(cause, "response")]
-    retry_after_s = _retry_after_s(answers[0]) if answers else None
+    stated = answers[0].response.headers.get("Retry-After") if answers else None
+    retry_after_s = None if stated is None else seconds_to_wait(stated)
     return _reason(chain, answers, log) or "tool-error", message, retry_after_s
 
 
@@ -183,21 +183,6 @@ def _words(text: str) -> str:
 def _one_line(error: BaseException) -> str:
     """The raw message on one line, without yt-dlp's plea to report it, and without a proxy's password."""
     text = " ".join(str(error).split()) or type(error).__name__
-    text = re.sub(r"^ERROR: |; please report this issue on .*", "", text)
+    # What caused it has been said before that; or it has not, and stays.
+    text = re.sub(r"^ERROR: |; please report this issue on .*| \(caused by TransportError\(.*\)\)$", "", text)
     return re.sub(r"(?<=://)[^/\s@]+@", "", text)
-
-
-def _retry_after_s(answer: BaseException) -> float | None:
-    """Seconds that the server asks to wait, which it says as such or as a date."""
-    stated = answer.response.headers.get("Retry-After")  # type: ignore[attr-defined]
-    if stated is None:
-        return None
-    if re.fullmatch(r"\s*\d+(\.\d+)?\s*", stated):
-        return float(stated)
-    try:
-        until = parsedate_to_datetime(stated)
-    except ValueError:
-        return None
-    if until.tzinfo is None:
-        until = until.replace(tzinfo=timezone.utc)
-    return max((until - datetime.now(timezone.utc)).total_seconds(), 0.0)

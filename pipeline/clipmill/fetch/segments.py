@@ -30,6 +30,14 @@ SUSPECT = frozenset({"network", "timeout", "forbidden", "tool-error"})
 
 _TICK_EVERY_S = 30.0
 _LONGEST_BACKOFF_S = 300.0
+_WHEN_BANNED = (
+    "Wait some hours and run the same command again; or ask as somebody with --cookies FILE or "
+    "--cookies-from-browser NAME, from elsewhere with --proxy URL, or less often with --rate PER_HOUR"
+)
+_WHEN_BROKEN = (
+    "Look whether the network is there and the site answers, and run the same command again; "
+    "where it answers others, ask less often with --rate PER_HOUR, or from elsewhere with --proxy URL"
+)
 _TOOLS_FAIL = (
     "clip after clip fails in the tools themselves: {}; update them (pip install -U 'yt-dlp[default]') "
     "and run the same command again"
@@ -321,9 +329,9 @@ class _Fleet:
     def _refusal(self) -> str:
         left = self._todo.num_rows - self._had - self._failed
         whys = "; ".join(sorted({governor.why for governor in self._governors}))
+        banned = any(POLICY.get(governor.why.partition(":")[0]) == "fleet" for governor in self._governors)
         return (
             f"stopped after {self._options.max_pauses} pauses with no answer in between: {whys}. "
             f"{self._had} clips were had in this run, {left} are left, and none of those is marked as failed. "
-            "Wait some hours and run the same command again; or ask as somebody with --cookies FILE or "
-            "--cookies-from-browser NAME, from elsewhere with --proxy URL, or less often with --rate PER_HOUR"
+            f"{_WHEN_BANNED if banned else _WHEN_BROKEN}"
         )
