@@ -56,7 +56,9 @@ def touch(root: Path, *names: str) -> None:
 def found(root: Path, *clips: tuple[str, float, float]) -> dict[str, tuple[str, str]]:
     """Key -> the source found for it, relative to `root`, and its kind."""
     media = find_media([root], wanted(*clips)).media.to_pylist()
-    return {row["key"]: (row["source"].removeprefix(f"{root}/"), row["kind"]) for row in media}
+    return {
+        row["key"]: (row["source"].removeprefix(f"{root}/"), row["kind"]) for row in media if not row["turn"]
+    }
 
 
 def write(path: Path, seconds: float, rate: int = RATE, seed: int = 0) -> np.ndarray:
@@ -173,7 +175,7 @@ def test_a_folder_with_nothing_wanted_says_what_it_holds_and_what_is_known(tmp_p
     got = find_media([tmp_path / "empty", tmp_path / "full"], wanted((ID, 0.0, 10.0)))
     assert got.media.num_rows == 0
     assert got.barren[0].startswith(
-        f"--from {tmp_path}/empty: holds none of the clips wanted (no sound files)"
+        f"--from {tmp_path}/empty: holds none of the clips still wanted (no sound files)"
     )
     assert "(1 names seen, such as 'drum'); known are ID.ext, YID.ext" in got.barren[1]
 
@@ -200,7 +202,7 @@ def test_folders_are_not_looked_through_when_nothing_is_wanted(tmp_path):
     touch(tmp_path, f"{ID}.wav")
     got = find_media([tmp_path], wanted())
     assert (got.media.num_rows, got.seen, got.warnings, got.barren) == (0, 0, [], [])
-    assert got.media.column_names == ["key", "source", "kind"]
+    assert got.media.column_names == ["key", "source", "kind", "turn"]
 
 
 def test_tars_and_parquet_files_are_found_in_place(tmp_path):
@@ -288,7 +290,7 @@ def adopted(
     said: list[str] = []
     with Ledger(root / "ledger.sqlite", write=True) as ledger:
         options = SegmentOptions(from_dirs=dirs, jobs=jobs, offline=True, timeout=timeout)
-        adopt_media(clips, ledger, root, options, Watch(say=said.append))
+        adopt_media(clips, ledger, root, options, root / "unfit.jsonl", Watch(say=said.append))
         return known(clips, ledger), said
 
 
@@ -336,11 +338,39 @@ def test_a_copy_that_is_unfit_is_told_and_left_to_be_fetched(tmp_path):
         tmp_path, wanted((ID, 30.0, 40.0), (OTHER, 30.0, 40.0), ("absent-----", 0.0, 10.0)), source
     )
     assert manifest["key"].to_pylist() == [f"{ID}_30000"]
-    assert said[0].startswith("1 clips have several sources")
+    assert said[0] == "1 clips have several sources; the first that is fit is taken"
     assert said[1] == "adopted 1 of 3 clips wanted, read where they stand"
-    assert said[2].startswith(
-        f"  1 sources found cannot be used (too-short 1), such as {source}/{OTHER}.wav: too-short: "
+    assert said[2] == f"  1 sources cannot be used (too-short 1): {tmp_path}/unfit.jsonl"
+    row = tables.read_jsonl(tmp_path / "unfit.jsonl")[0]
+    assert (row["key"], row["source"], row["reason"]) == (
+        f"{OTHER}_30000",
+        f"{source}/{OTHER}.wav",
+        "too-short",
     )
+
+
+def test_a_copy_that_is_unfit_gives_way_to_the_next(tmp_path):
+    source = tmp_path / "copy"
+    write(source / f"a/{ID}.wav", 3.0)
+    write(source / f"b/{ID}.wav", 10.0)
+    manifest, _ = adopted(tmp_path, wanted((ID, 30.0, 40.0)), source)
+    assert manifest["source"].to_pylist() == [f"{source}/b/{ID}.wav"]
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds", "stretch"),
+    [
+        (f"{ID}_30_40", 12.0, (None, 10.0)),  # cut at key frames: the clip, and some more
+        (f"{ID}_30_40", 45.0, (None, 10.0)),
+        (f"{ID}_30", 45.0, (None, 10.0)),
+        (f"{ID}", 45.0, (30.0, 40.0)),  # nothing says that it was cut
+    ],
+)
+def test_a_name_that_tells_the_start_says_where_in_the_file_the_clip_is(tmp_path, name, seconds, stretch):
+    write(tmp_path / "copy" / f"{name}.wav", seconds)
+    manifest, _ = adopted(tmp_path, wanted((ID, 30.0, 40.0)), tmp_path / "copy")
+    row = manifest.to_pylist()[0]
+    assert (row["start_s"], row["end_s"]) == stretch
 
 
 def test_many_clips_are_adopted_in_batches_each_once(tmp_path):
@@ -398,4 +428,4 @@ def test_a_source_that_hangs_its_worker_costs_itself_alone(tmp_path):
     clips = wanted((ID, 30.0, 40.0), (OTHER, 30.0, 40.0), ("dead_______", 0.0, 10.0))
     manifest, said = adopted(tmp_path, clips, source, timeout=2.0)
     assert manifest.num_rows == 2
-    assert "1 sources found cannot be used (timeout 1)" in said[-1]
+    assert "1 sources cannot be used (timeout 1)" in said[-1]

@@ -156,9 +156,7 @@ def test_what_was_unpacked_by_hand_needs_nothing(kind, site, tmp_path):
 
 @pytest.mark.parametrize("kind", ARCHIVED)
 def test_a_folder_that_is_something_else_is_refused_with_what_is_expected(kind, tmp_path):
-    with pytest.raises(
-        FetchError, match=r"has no .*; --from is the folder that the archive unpacks to \(https://"
-    ):
+    with pytest.raises(FetchError, match=r"has no .*; expected is what https://"):
         dataset_class(kind)(from_dir=tmp_path).prepare(tmp_path)
 
 
@@ -201,6 +199,31 @@ def test_the_recordings_that_straddle_the_official_folds_are_known_and_let_throu
     known = facts("urbansound8k")["straddling"]
     dataset = urbansound(tmp_path, *((source, fold) for source in known for fold in (1, 2)))
     assert dataset.prepare(tmp_path).manifest.num_rows == 10
+
+
+def test_the_recordings_that_straddle_esc50s_folds_are_known_let_through_and_told(tmp_path):
+    known = facts("esc50")["straddling"]
+    rows = [f"{fold}-{source}-A-0.wav,{fold},0,dog,True,{source},A" for source in known for fold in (2, 3)]
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "meta/esc50.csv").write_text(
+        "filename,fold,target,category,esc10,src_file,take\n" + "\n".join(rows)
+    )
+    for row in rows:
+        (tmp_path / "audio" / row.partition(",")[0]).write_bytes(WAV)
+    dataset = dataset_class("esc50")(from_dir=tmp_path)
+    assert dataset.prepare(tmp_path).manifest.num_rows == 8
+    assert "4 of its recordings stand in two official folds each (131943, " in dataset.hints()[0]
+    assert dataclasses.replace(dataset, subset="esc10").hints() == []
+
+
+def test_a_wrong_archive_never_takes_the_place_of_good_media(site, tmp_path):
+    dataset = official("esc50", site)
+    provide(dataset, tmp_path / "data")
+    wrong = packed(tmp_path / "wrong.zip", {"holiday/a.wav": WAV})
+    with pytest.raises(FetchError, match=r"has no meta/esc50\.csv"):
+        provide(dataclasses.replace(dataset, archive=wrong, no_checksum=True), tmp_path / "data")
+    assert dataset.prepare(tmp_path / "data").manifest.num_rows == 2
 
 
 def test_ravdess_has_four_folds_of_three_men_and_three_women(site, tmp_path):

@@ -58,7 +58,5 @@ def test_a_clip_that_the_archive_lost_is_a_row(archive, tmp_path):
 
 
 def test_another_folder_is_refused_with_what_is_expected(tmp_path):
-    with pytest.raises(
-        FetchError, match=r"has no meta/esc50.csv; --from is the folder that the archive unpacks to"
-    ):
+    with pytest.raises(FetchError, match=r"has no meta/esc50.csv; expected is what https://"):
         Esc50(from_dir=tmp_path).prepare(tmp_path)

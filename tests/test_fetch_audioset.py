@@ -372,7 +372,9 @@ def test_a_lock_names_the_clips_and_another_lab_takes_just_those(server, fetch, 
     assert told["same"] == 3
     assert run("lock", "diff", first, first).returncode == 0
     shard = run("shard", "audioset", "--root", theirs, "--lock", first, "--jobs", "1")
-    assert "5 clips = 3 the same + 1 of other content + 1 not had" in shard.stderr
+    assert "5 clips = 3 the same + 1 of other content + 1 not here; which: " in shard.stderr
+    account = json.loads((theirs / "audioset/shards/webdataset-flac-44100/lock.json").read_text())
+    assert (account["other_content"], account["absent"]) == ([f"{videos[3]}_1000"], [f"{videos[2]}_1000"])
     assert "5 in = 4 written + 1 failed + 0 skipped" in shard.stderr
     info = json.loads((theirs / "audioset/shards/webdataset-flac-44100/dataset.json").read_text())
     assert (
@@ -391,12 +393,81 @@ def test_a_lock_names_the_clips_and_another_lab_takes_just_those(server, fetch, 
     (["--name", "a/b"], "dataset name 'a/b': allowed are"),
     (["--labels", "Dogs"], "Dog"),
     (["--lock", "nowhere.lock"], "nowhere.lock: cannot be read as a lock"),
+    (["--rate", "nan"], "--rate nan: expected a finite number"),
+    (["--proxy", "foo://h:1"], "--proxy (number 1): is no address of a proxy; expected SCHEME://"),
+    (["--proxy", "http://me:s3cr/et@h:1"], "--proxy (number 1): is no address of a proxy; expected SCHEME://"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_in_words(fetch, flags, said):
     done = fetch(ids(1), *flags)
     assert done.returncode in (1, 2)
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_media_that_are_gone_are_wanted_again_when_it_is_asked_to_look(server, fetch, run, tmp_path):
+    videos = ids(5)
+    fetch(videos)
+    media = sorted((tmp_path / "data/audioset/media").rglob("*.webm"))
+    media[0].unlink()
+    media[1].write_bytes(media[1].read_bytes()[:-1])
+    lock = run("lock", "audioset", "--out", tmp_path / "x.lock", "--root", tmp_path / "data")
+    assert "2 clips that were had are left out" in lock.stderr
+    assert "3 clips of audioset" in lock.stderr
+    server.requests.clear()
+    assert "5 in = 5 had" in fetch(videos).stderr
+    assert not server.requests, "nothing looks at a million files unless it is asked to"
+    done = fetch(videos, "--recheck")
+    assert "of 5 clips had, the media of 2 are gone or changed: they are wanted again" in done.stderr
+    assert len({request.name for request in server.requests}) == 2
+    assert done.returncode == 0
+
+
+def test_a_root_that_moves_takes_its_datasets_along(server, fetch, run, tmp_path):
+    videos = ids(3)
+    fetch(videos)
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    assert "3 in = 3 had" in fetch(videos, root=tmp_path / "elsewhere").stderr
+    assert run("shard", "audioset", "--root", tmp_path / "elsewhere", "--jobs", "1").returncode == 0
+
+
+def test_the_same_clips_as_another_split_are_counted_as_that(fetch, run, tmp_path):
+    fetch(ids(3))
+    fetch(ids(3), "--split", "eval")
+    told = json.loads(run("fetch", "audioset", "--status", "--json", "--root", tmp_path / "data").stdout)
+    assert [(s["split"], s["wanted"], s["had"]) for s in told["splits"]] == [("eval", 3, 3)]
+
+
+def test_another_dataset_of_that_name_is_never_mixed_with_it(fetch, run, tmp_path):
+    fetch(ids(3))
+    (tmp_path / "mine").mkdir()
+    soundfile.write(tmp_path / "mine/a.wav", sound(0.5, 8000), 8000)
+    done = run(
+        "fetch", "folder", "--name", "audioset", "--from", tmp_path / "mine", "--root", tmp_path / "data"
+    )
+    assert done.returncode == 2
+    assert "holds what `pipeline fetch audioset` made; give this one another --name or --root" in done.stderr
+    assert load(tmp_path / "data", "audioset").counts["had"] == 3
+
+
+def test_a_lock_of_another_dataset_or_of_other_clips_is_refused(fetch, run, tmp_path):
+    fetch(ids(3), "--name", "mine")
+    run("lock", "mine", "--out", tmp_path / "mine.lock", "--root", tmp_path / "data")
+    done = fetch(ids(3), "--lock", tmp_path / "mine.lock")
+    assert done.returncode == 2
+    assert "is a lock of mine, not of audioset" in done.stderr
+    done = fetch(ids(3, seed=9), "--name", "mine", "--lock", tmp_path / "mine.lock")
+    assert done.returncode == 2
+    assert "none of its clips stands in the lists asked for" in done.stderr
+
+
+def test_cookies_that_cannot_be_read_are_never_shown(server, fetch, tmp_path):
+    jar = tmp_path / "cookies.txt"
+    fine = "127.0.0.1\tFALSE\t/\tFALSE\t4102444800\tname\tvalue\n"
+    jar.write_text(f"# Netscape HTTP Cookie File\n{fine}.youtube.com\tTRUE\t/\tTRUE\tSUPERSECRET\n")
+    done = fetch(ids(3), "--cookies", jar)
+    assert done.returncode == 0, done.stderr
+    assert "SUPERSECRET" not in done.stderr + done.stdout
+    assert server.requests[0].headers["Cookie"] == "name=value"
 
 
 def test_two_fetches_of_one_dataset_at_once_are_refused(server, fetch, tmp_path, table):

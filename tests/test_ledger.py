@@ -67,7 +67,9 @@ def test_the_counts_are_those_of_the_rows_whatever_happens(tmp_path_factory, ste
         for what, which in steps:
             if what == "scope":
                 wanted = which
-                ledger.scope(lambda which=which: sorted(which), repr(sorted(which)))
+                ledger.scope(
+                    lambda which=which: [(key, "eval") for key in sorted(which)], repr(sorted(which))
+                )
             elif which in wanted and what == "forget":
                 ledger.forget([which])
                 rows.pop(which, None)
@@ -86,13 +88,33 @@ def test_the_counts_are_those_of_the_rows_whatever_happens(tmp_path_factory, ste
 
 def test_clips_set_aside_come_back_with_their_outcomes(path):
     with Ledger(path, write=True) as ledger:
-        ledger.scope(lambda: ["a", "b"], "both")
+        ledger.scope(lambda: [("a", "eval"), ("b", "eval")], "both")
         ledger.record(had("a"), "eval")
         ledger.record(had("b"), "eval")
-        ledger.scope(lambda: ["b"], "one")
+        ledger.scope(lambda: [("b", "eval")], "one")
         assert ledger.columns("key")["key"] == ["b"]
-        ledger.scope(lambda: ["a", "b"], "both")
+        ledger.scope(lambda: [("a", "eval"), ("b", "eval")], "both")
         assert ledger.columns("key")["key"] == ["a", "b"]
+
+
+def test_a_clip_that_moves_to_another_split_is_counted_there(path):
+    with Ledger(path, write=True) as ledger:
+        ledger.scope(lambda: [("a", "eval"), ("b", "eval")], "before")
+        ledger.record(had("a"), "eval")
+        ledger.record(Outcome("b", "private", "so"), "eval")
+        ledger.scope(lambda: [("a", "train"), ("b", "eval")], "after")
+        assert sorted(ledger.tally()) == [("eval", "failed", "private", 1, 0), ("train", "had", "", 1, 10)]
+
+
+def test_rows_passed_over_are_replaced_list_by_list(path):
+    def rows(*sources: str) -> list[Failure]:
+        return [Failure("", source, "fetch", "skipped", "bad-row", "so") for source in sources]
+
+    with Ledger(path, write=True) as ledger:
+        ledger.passed_over(rows("a.csv:3", "a.csv:9"), ["a.csv"])
+        ledger.passed_over(rows("ba.csv:3"), ["ba.csv"])
+        ledger.passed_over(rows("a.csv:4"), ["a.csv"])
+        assert [loss.source for loss in ledger.losses()] == ["a.csv:4", "ba.csv:3"]
 
 
 def test_what_was_recorded_survives_sigkill_and_is_read_beside_the_writer(path):

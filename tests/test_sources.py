@@ -22,7 +22,7 @@ from clipmill.audio.media import encode_media
 from clipmill.errors import DecodeError
 from clipmill.shards.job import make_shards
 from clipmill.shards.plan import ShardSpec
-from clipmill.sources import in_place_order, opened, row_parts, size_of, tar_part
+from clipmill.sources import in_place_order, is_there, opened, row_parts, tar_part
 from conftest import sound
 
 RATE = 44100
@@ -75,10 +75,11 @@ def test_a_file_is_its_own_path_relative_or_absolute_there_or_not(tmp_path):
     for source in ("a.wav", str(tmp_path / "a.wav")):
         with opened(tmp_path, source) as path:
             assert path == tmp_path / "a.wav"
-        assert size_of(tmp_path, source) == 4
+        assert is_there(tmp_path, source, 4)
+        assert not is_there(tmp_path, source, 5)
     with opened(tmp_path, "gone.wav") as path:
         assert path == tmp_path / "gone.wav"
-    assert size_of(tmp_path, "gone.wav") is None
+    assert not is_there(tmp_path, "gone.wav", None)
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -89,7 +90,7 @@ def test_members_of_a_tar_are_read_from_where_they_stand(tmp_path, form):
     parts = make_tar(tmp_path / "a b.tar", clips, form)
     for name, data in clips.items():
         assert contents(parts[name]) == data
-        assert size_of(tmp_path, parts[name]) == len(data)
+        assert is_there(tmp_path, parts[name], len(data))
     relative = parts["audio/-a.flac"].removeprefix(f"{tmp_path}/")
     assert contents(relative, tmp_path) == b"one"
 
@@ -100,7 +101,10 @@ def test_rows_of_a_parquet_file_are_read_in_any_order(tmp_path, kind):
     parts = make_parquet(tmp_path / "0.parquet", clips, kind)
     for n in (9, 0, 4, 3, 3, 8, 1):
         assert contents(parts[n]) == clips[f"id{n}"]
-        assert size_of(tmp_path, parts[n]) == 100 + n
+        assert is_there(tmp_path, parts[n], 100 + n)
+    assert not is_there(tmp_path, parts[9].replace("row=9", "row=10"), None)
+    (tmp_path / "0.parquet").write_bytes(b"something else")
+    assert not is_there(tmp_path, parts[0], None)
 
 
 def test_row_groups_kept_stay_below_the_bound_and_the_last_is_always_kept(tmp_path, monkeypatch):
@@ -196,14 +200,13 @@ def test_an_archive_that_is_gone_is_missing(tmp_path):
         with pytest.raises(DecodeError, match=r"gone\.\w+: no such file") as caught:
             contents(part, tmp_path)
         assert caught.value.reason == "missing"
-        assert size_of(tmp_path, part) is None
+        assert not is_there(tmp_path, part, None)
 
 
 def unreadable(part: str, match: str) -> None:
     with pytest.raises(DecodeError, match=match) as caught:
         contents(part)
     assert caught.value.reason == "unreadable"
-    assert size_of(Path("/"), part) is None
 
 
 def test_a_tar_that_was_cut_short_or_replaced_is_unreadable(tmp_path):

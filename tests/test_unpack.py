@@ -168,6 +168,44 @@ def test_a_header_that_would_fill_the_memory_is_refused(tmp_path):
     )
 
 
+def test_a_negative_size_does_not_lift_the_limit(tmp_path):
+    path = tmp_path / "x.tar"
+    folder, _ = member("a", b"", type=tarfile.DIRTYPE)
+    folder.size = -(10**13)
+    bomb, data = member("a/b.wav", b"\0" * 50_000)
+    path.write_bytes(
+        folder.tobuf(tarfile.GNU_FORMAT)
+        + bomb.tobuf(tarfile.GNU_FORMAT)
+        + data.ljust(50_176, b"\0")
+        + bytes(1024)
+    )
+    refused(path, "negative size|-10000000000000 bytes", max_bytes=4000)
+    path.unlink()
+    told_anew, data = member("b.wav", b"\0" * 50_000, pax_headers={"size": "-50000"})
+    tar(path, (told_anew, data), mode="w")
+    refused(path, "negative|is damaged|bytes", max_bytes=4000)
+
+
+def test_headers_without_end_are_an_error_and_no_traceback(tmp_path):
+    path = tmp_path / "x.tar"
+    name, _ = member("././@LongLink", b"", type=tarfile.GNUTYPE_LONGNAME)
+    name.size = 4
+    path.write_bytes((name.tobuf(tarfile.GNU_FORMAT) + b"abc".ljust(512, b"\0")) * 5000 + bytes(1024))
+    refused(path, "is damaged, or no zip or tar")
+
+
+def test_what_is_wrong_with_the_whole_is_found_before_it_takes_its_place(tmp_path):
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media/good.wav").write_bytes(b"good")
+
+    def check(folder: Path) -> None:
+        raise FetchError(f"{(folder / 'a.wav').read_bytes()!r} is not what it should be")
+
+    with pytest.raises(FetchError, match="b'bad' is not what it should be"):
+        unpack(tar(tmp_path / "x.tar", member("a.wav", b"bad")), tmp_path / "media", check=check)
+    assert tree(tmp_path / "media") == {"good.wav": b"good"}
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_name_that_stands_twice_is_refused(tmp_path):
     refused(tar(tmp_path / "x.tar", member("a.wav"), member("./a.wav", b"other")), "stands in it twice")

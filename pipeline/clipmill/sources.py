@@ -29,7 +29,7 @@ _PART = re.compile(r"(.+)#(?:bytes=(\d+)\+(\d+)|row=(\d+)&column=([^#&]+))", re.
 _CACHE_BYTES = 256 << 20
 """Decoded row groups that a process keeps, beside the last: they are read whole, and clips come in any order."""
 
-_AGAIN = "the archive has changed since it was adopted; fetch again with --from"
+_AGAIN = "the archive has changed since it was adopted; fetch again with --recheck and --from"
 
 
 def tar_part(archive: str, offset: int, length: int) -> str:
@@ -51,7 +51,7 @@ def in_place_order(sources: pa.ChunkedArray) -> pa.Array:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    place = pc.extract_regex(sources, r"(?s)^(?P<archive>.*)#(?:bytes|row)=(?P<number>\d+)[^#]*$")
+    place = pc.extract_regex(sources, r"(?s)^(?P<archive>.*)#(?:bytes|row)=(?P<number>\d{1,18})[+&][^#]*$")
     number = pc.cast(pc.struct_field(place, "number"), pa.int64())
     archive = pc.coalesce(pc.struct_field(place, "archive"), sources)
     order = [("archive", "ascending"), ("number", "ascending")]
@@ -86,13 +86,27 @@ def opened(media_root: Path, source: str) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def size_of(media_root: Path, source: str) -> int | None:
-    """Bytes in a source; None where it cannot be read."""
+def is_there(media_root: Path, source: str, size: int | None) -> bool:
+    """Whether a source still is what it was, as far as a look without reading it tells.
+
+    A file must have `size` bytes (None: any); a part of a tar, its header before it; of a
+    Parquet file, its row must exist.
+    """
     part = _parsed(media_root, source)
     try:
-        return len(_contents(*part)) if part else (media_root / source).stat().st_size
+        if part is None:
+            found = (media_root / source).stat().st_size
+            return size is None or found == size
+        archive, match = part
+        if match[2]:
+            offset, length = int(match[2]), int(match[3])
+            with open(archive, "rb") as file:
+                file.seek(max(offset - tarfile.BLOCKSIZE, 0))
+                head = file.read(tarfile.BLOCKSIZE)
+            return _header_length(head) == length and archive.stat().st_size >= offset + length
+        return int(match[4]) < (_row_ends(archive) or [0])[-1]
     except (OSError, DecodeError):
-        return None
+        return False
 
 
 def _parsed(media_root: Path, source: str) -> tuple[Path, re.Match[str]] | None:
@@ -119,11 +133,7 @@ def _member(archive: Path, offset: int, length: int) -> memoryview:
     with open(archive, "rb") as file:
         file.seek(max(offset - tarfile.BLOCKSIZE, 0))
         data = memoryview(file.read(tarfile.BLOCKSIZE + length))
-    try:
-        header = tarfile.TarInfo.frombuf(bytes(data[: tarfile.BLOCKSIZE]), "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        header = None
-    if header is None or header.size != length:
+    if _header_length(bytes(data[: tarfile.BLOCKSIZE])) != length:
         raise DecodeError("unreadable", f"{archive}: no member of {length} bytes at byte {offset}: {_AGAIN}")
     found = len(data) - tarfile.BLOCKSIZE
     if found < length:
@@ -131,6 +141,14 @@ def _member(archive: Path, offset: int, length: int) -> memoryview:
             "unreadable", f"{archive}: {length} bytes from byte {offset} wanted, {found} there: {_AGAIN}"
         )
     return data[tarfile.BLOCKSIZE :]
+
+
+def _header_length(block: bytes) -> int | None:
+    """The length of the member whose header this is; None: it is none."""
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
+    except tarfile.HeaderError:
+        return None
 
 
 _groups: OrderedDict[tuple[Any, ...], pa.ChunkedArray] = OrderedDict()
@@ -141,16 +159,14 @@ def _row(archive: Path, row: int, column: str) -> memoryview:
     """The bytes in a row of a Parquet column, by way of the row groups kept."""
     import pyarrow as pa
 
-    status = archive.stat()
-    file = (str(archive), status.st_mtime_ns, status.st_size)
     try:
-        ends = _kept(_bounds, file, lambda: _row_group_ends(archive), 64)
+        ends = _row_ends(archive)
         group = next((place for place, end in enumerate(ends) if row < end), None)
         if group is None:
             raise DecodeError(
                 "unreadable", f"{archive}: row {row} wanted, {ends[-1] if ends else 0} there: {_AGAIN}"
             )
-        values = _row_group(archive, (*file, group, column))
+        values = _row_group(archive, (*_state_of(archive), group, column))
         value = values[row - (ends[group - 1] if group else 0)]
     except (pa.ArrowException, KeyError) as error:
         text = str(error).strip("'")
@@ -169,11 +185,28 @@ def _kept(cache: OrderedDict[Any, Any], name: Any, make: Any, most: int) -> Any:
     return cache[name]
 
 
-def _row_group_ends(archive: Path) -> list[int]:
-    """How many rows there are up to the end of each row group."""
+def _state_of(archive: Path) -> tuple[str, int, int]:
+    status = archive.stat()
+    return str(archive), status.st_mtime_ns, status.st_size
+
+
+def _row_ends(archive: Path) -> list[int]:
+    """How many rows there are up to the end of each row group, from the cache or read now.
+
+    Raises:
+        DecodeError: the file is no Parquet.
+    """
+    return _kept(_bounds, _state_of(archive), lambda: _read_row_ends(archive), 64)
+
+
+def _read_row_ends(archive: Path) -> list[int]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    facts = pq.read_metadata(archive)
+    try:
+        facts = pq.read_metadata(archive)
+    except pa.ArrowException as error:
+        raise DecodeError("unreadable", f"{archive}: cannot be read as Parquet: {error}") from error
     ends = [0]
     for group in range(facts.num_row_groups):
         ends.append(ends[-1] + facts.row_group(group).num_rows)

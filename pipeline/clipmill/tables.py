@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,19 +80,36 @@ def locked(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    held = _lock(descriptor)
+    if not held:  # once more: whoever merely looks whether it is held holds it for an instant
+        time.sleep(0.05)
+        held = _lock(descriptor)
+    if not held:
         os.close(descriptor)
-        raise TableError(
-            f"{folder}: another run is writing there; wait for it, or write somewhere else"
-        ) from None
-    except OSError:
-        pass  # some network file systems have no locks; what is written is still whole or not there
+        raise TableError(f"{folder}: another run is writing there; wait for it, or write somewhere else")
     try:
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # some network file systems have no locks; what is written is still whole or not there
+    return True
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the folder by `locked` now."""
+    try:
+        with locked(folder):
+            return False
+    except TableError:
+        return True
 
 
 @contextmanager

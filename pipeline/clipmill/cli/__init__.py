@@ -67,6 +67,7 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not change how this ends
         click.echo("\ninterrupted: run the same command again to go on", err=True)
         code = INTERRUPTED
     except ClipmillError as error:

@@ -81,7 +81,7 @@ def say_losses(losses: Sequence[Failure], examples: int = 3, print_line: Callabl
     for reason, some in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0])):
         print_line(f"  {reason} ({REASONS.get(reason, 'unknown reason')}): {len(some)}")
         for loss in some[:examples]:
-            print_line(f"    {loss.source}: {loss.message}")
+            print_line(f"    {loss.source or loss.key}: {loss.message}")
         if len(some) > examples:
             print_line(f"    and {len(some) - examples} more")
 

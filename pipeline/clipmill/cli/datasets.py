@@ -27,10 +27,14 @@ def command(name: str | None, root: Path, as_json: bool) -> None:
     """
     from clipmill.datasets import DATASETS
     from clipmill.errors import ConfigError
-    from clipmill.fetch.fetched import fetched_names
+    from clipmill.fetch.fetched import facts_of, fetched_names
 
     if name is not None and name not in DATASETS:
-        raise ConfigError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}")
+        if name not in fetched_names(root):
+            raise ConfigError(
+                f"unknown dataset {name!r}; known: {', '.join((*DATASETS, *fetched_names(root)))}"
+            )
+        name = facts_of(root, name)["kind"]
     known = [_known(each) for each in ([name] if name else DATASETS)]
     if name is not None:
         console.print_json(known[0]) if as_json else _show(known[0])

@@ -130,6 +130,7 @@ def _segment_flags(command: Any) -> Any:
             "named by id. They are checked and used in place, not fetched again. May be repeated.",
         ),
         click.option("--offline", is_flag=True, help="Adopt what --from holds, and fetch nothing."),
+        click.option("--recheck", is_flag=True, help="First look whether the media that were had are still there."),
         click.option("--lock", "lock_file", type=folder, help="Take just the clips of this lock (`pipeline lock`)."),
         click.option(
             "--url-template", default="https://www.youtube.com/watch?v={id}", show_default=True,
@@ -202,7 +203,8 @@ def _fetch_segments(
     tell: bool, as_json: bool, dry_run: bool, lock_file: Path | None, retry: str, **fields: Any,
 ) -> int:  # fmt: skip
     from clipmill.errors import FetchError
-    from clipmill.fetch.job import fetch, foresee
+    from clipmill.fetch.foresee import foresee
+    from clipmill.fetch.job import fetch
     from clipmill.fetch.lock import read_lock
     from clipmill.fetch.options import SegmentOptions
     from clipmill.fetch.status import status
@@ -211,7 +213,7 @@ def _fetch_segments(
         return _tell(status(root, dataset.name), as_json)
     reasons = tuple(reason.strip() for reason in retry.split(",") if reason.strip())
     options = SegmentOptions(**fields, retry=reasons)
-    lock = read_lock(lock_file) if lock_file else None
+    lock = read_lock(lock_file, dataset.name) if lock_file else None
     if lock is not None:
         dataset = dataset.for_splits(lock.splits)
     if dry_run:
@@ -222,7 +224,7 @@ def _fetch_segments(
         with console.watching() as watcher:
             got = fetch(kind, dataset, root, options, lock, _watch(watcher))
     except (FetchError, KeyboardInterrupt):
-        _say_so_far(root, dataset.name)
+        _say_so_far(root, dataset.name, as_json)
         raise
     stands = status(root, dataset.name)
     if as_json:
@@ -237,15 +239,17 @@ def _fetch_segments(
     return DONE_IN_PART if got.counts["failed"] or got.left else DONE
 
 
-def _say_so_far(root: Path, name: str) -> None:
+def _say_so_far(root: Path, name: str, as_json: bool) -> None:
     """What an interrupted fetch has come to, where it has come to anything."""
     from clipmill.errors import ClipmillError
     from clipmill.fetch.status import status
 
     try:
-        stands = status(root, name, worst=0)
+        stands = status(root, name)
     except ClipmillError:
         return
+    if as_json:
+        console.print_json(stands.as_json())
     console.say(f"{name}: {stands.had} had, {stands.failed} failed, {stands.left} left of {stands.wanted}")
 
 
@@ -272,6 +276,8 @@ def _tell(stands: Any, as_json: bool) -> int:
         f"{stands.name}: {total} in = {stands.had} had + {stands.failed} failed + {stands.skipped} skipped "
         f"+ {stands.left} left; {console.size(stands.bytes)}"
     )
+    if stands.left or stands.running:
+        click.echo("a fetch is running" if stands.running else "no fetch is running")
     if stands.pausing_s:
         click.echo(f"pausing for another {console.duration(stands.pausing_s)}: {stands.pausing_why}")
     if stands.tried_per_hour:

@@ -55,13 +55,25 @@ def make(name: str, out: Path, root: Path, jobs: int, as_json: bool) -> int:
 
     got = load(root, name)
     with console.progress(f"lock {name}", got.counts["had"], "files") as update:
-        lock = make_lock(got, jobs, update)
+        lock, left_out = make_lock(got, jobs, update)
     write_lock(lock, out)
     if as_json:
         console.print_json(
-            {"name": name, "as_of": lock.as_of, "clips": len(lock), "id": lock.id, "file": str(out)}
+            {
+                "name": name,
+                "as_of": lock.as_of,
+                "clips": len(lock),
+                "id": lock.id,
+                "file": str(out),
+                "left_out": left_out,
+            }
         )
     console.say(f"{out}: {len(lock)} clips of {name}, as of {lock.as_of}, id {lock.id[:12]}")
+    if left_out:
+        console.say(
+            f"  {len(left_out)} clips that were had are left out, since their media are gone or cannot be read: "
+            f"{', '.join(left_out[:3])}{' ...' if len(left_out) > 3 else ''}; see `pipeline fetch ... --recheck`"
+        )
     if got.left:
         console.say(f"  note: {got.left} clips are not fetched yet; the lock holds what is had so far")
     return DONE
@@ -81,9 +93,9 @@ def diff(first: Path, second: Path, as_json: bool) -> int:
     """
     from dataclasses import asdict
 
-    from clipmill.fetch.lock import compare, read_lock
+    from clipmill.fetch.lock import compare, read_any_lock
 
-    locks = [read_lock(path) for path in (first, second)]
+    locks = [read_any_lock(path) for path in (first, second)]
     found = compare(*locks)
     if as_json:
         console.print_json(asdict(found) | {"ids": [lock.id for lock in locks]})

@@ -110,14 +110,19 @@ def command(
 def _shard(
     name: str, root: Path, out: Path | None, spec: Any, lock_file: Path | None, overwrite: bool, jobs: int
 ) -> dict[str, Any]:
+    from dataclasses import replace
+
     from clipmill import tables
-    from clipmill.fetch.fetched import load
+    from clipmill.fetch.fetched import load, restricted
+    from clipmill.fetch.lock import read_lock
     from clipmill.shards.job import make_shards
     from clipmill.types import Failure
 
-    got = load(root, name)
+    got, lock = load(root, name), None
     if lock_file is not None:
-        got = _locked(got, lock_file, jobs)
+        lock = read_lock(lock_file, name)
+        got = restricted(got, lock.keys, f"stands in {lock_file.name}, and was not fetched")
+        got = replace(got, about={**got.about, "lock_id": lock.id, "lock_as_of": lock.as_of})
     elif got.left:
         console.say(
             f"note: {got.left} clips of {name} are not fetched yet; the shards hold what is had so far"
@@ -138,26 +143,28 @@ def _shard(
     console.say_losses([Failure(**row) for row in rows])
     if rows:
         console.say(f"  all of them: {folder / 'failures.jsonl'}")
+    if lock is not None:
+        _account_for(lock, got, folder, {row["key"] for row in rows}, jobs)
     console.say(f"next: pipeline inspect {folder}")
     return {"folder": str(folder), **{k: dataset[k] for k in ("name", "counts", "root_sha256")}}
 
 
-def _locked(got: Any, lock_file: Path, jobs: int) -> Any:
-    """The dataset with a lock's clips alone; says which of them are missing, or hold something else."""
-    from dataclasses import replace
+def _account_for(lock: Any, got: Any, folder: Path, lost: set[str], jobs: int) -> None:
+    """Say which clips of the lock the shards hold as it names them, and write it down beside them."""
+    from clipmill import tables
+    from clipmill.fetch.lock import compare, make_lock
 
-    from clipmill.errors import ConfigError
-    from clipmill.fetch.fetched import restricted
-    from clipmill.fetch.lock import compare, make_lock, read_lock
-
-    lock = read_lock(lock_file)
-    if lock.name != got.name:
-        raise ConfigError(f"--lock {lock_file}: is a lock of {lock.name}, not of {got.name}")
-    got = restricted(got, lock.keys, f"stands in {lock_file.name}, and was not fetched")
-    found = compare(lock, make_lock(got, jobs))
-    said = (
-        f"lock {lock.id[:12]} as of {lock.as_of}: {len(lock)} clips = {found.same} the same "
-        f"+ {len(found.other_content)} of other content + {len(found.only_first)} not had"
+    found = compare(lock, make_lock(got, jobs)[0].without(lost))
+    account = {
+        "id": lock.id,
+        "as_of": lock.as_of,
+        "clips": len(lock),
+        "same": found.same,
+        "other_content": found.other_content,
+        "absent": found.only_first,
+    }
+    tables.write_json(folder / "lock.json", account)
+    console.say(
+        f"lock {lock.id[:12]} as of {lock.as_of}: {len(lock)} clips = {found.same} the same + "
+        f"{len(found.other_content)} of other content + {len(found.only_first)} not here; which: {folder / 'lock.json'}"
     )
-    console.say(said)
-    return replace(got, about={**got.about, "lock": said, "lock_id": lock.id})

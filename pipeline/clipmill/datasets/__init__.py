@@ -53,12 +53,14 @@ class Prepared:
 
     `manifest` has the columns of `clipmill.tables.MANIFEST`, sources relative to
     `media_root`. `failures` are clips of the manifest that cannot be had, and files
-    found but never wanted (outcome "skipped"; their keys are not in the manifest).
+    found but never wanted (outcome "skipped"; their keys are not in the manifest). `lists`
+    names the files whose passed-over rows are among them, as "NAME:line".
     """
 
     manifest: pa.Table
     media_root: Path
     failures: list[Failure] = field(default_factory=list)
+    lists: tuple[str, ...] = ()
 
 
 class Dataset(Protocol):

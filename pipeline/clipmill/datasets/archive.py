@@ -66,22 +66,36 @@ class Archived:
             for file in facts(self.KIND)["files"]
         )
 
+    def hints(self) -> list[str]:
+        """What a user of its folds must know."""
+        groups = facts(self.KIND).get("straddling", [])
+        return groups and [
+            f"note: {len(groups)} of its recordings stand in two official folds each ({', '.join(groups)}); "
+            "`pipeline train --fold` refuses a fold that they leak into without --allow-leak"
+        ]
+
     def root(self, dest: Path) -> Path:
-        """The folder with the landmark: the one unpacked, or the one folder in it.
+        """The folder with the landmark, of what was unpacked. See `root_in`."""
+        return self.root_in(self.from_dir or dest / MEDIA_FOLDER)
+
+    def root_in(self, given: Path) -> Path:
+        """The folder with the landmark: the one given, or one in it.
 
         Raises:
             FetchError: neither has it.
         """
-        given = (self.from_dir or dest / MEDIA_FOLDER).resolve()
-        folders = [given, *sorted(path for path in given.glob("*/") if path.is_dir())]
-        for folder in folders:
+        for folder in [given.resolve(), *sorted(given.resolve().glob("*/"))]:
             if (folder / self.LANDMARK).exists():
                 return folder
         archive = facts(self.KIND)["files"][0]
-        raise FetchError(
-            f"{self.from_dir or given}: has no {self.LANDMARK}; --from is the folder that the archive unpacks to "
-            f"({archive['urls'][0]})"
+        what = (
+            f"--from {given}"
+            if self.from_dir
+            else f"--archive {self.archive}"
+            if self.archive
+            else str(given)
         )
+        raise FetchError(f"{what}: has no {self.LANDMARK}; expected is what {archive['urls'][0]} holds")
 
     def grouped(self, prepared: Prepared, namespace: str) -> Prepared:
         """The clips with their groups named so that they cannot meet another collection's; checked.

@@ -147,7 +147,9 @@ class Audioset:
             Failure("", f"{path.name}:{row.line}", "fetch", "skipped", "bad-row", row.message)
             for path, row in bad + twice
         ]
-        return Prepared(manifest, dest / "media", failures)
+        read = {Path(file).name for file, _ in self._wanted} | {path.name for path in self.lists}
+        read |= set(_STRONG.values()) if self.strong else set()
+        return Prepared(manifest, dest / "media", failures, tuple(sorted(read)))
 
     @property
     def _official_table(self) -> str:

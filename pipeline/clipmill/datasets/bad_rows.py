@@ -10,11 +10,14 @@ from clipmill.datasets.label_table import LabelTable
 YTID = "[A-Za-z0-9_-]{11}"
 """A YouTube video's id."""
 
-SPREADSHEET = r'^"?#(NAME\?|VALUE!|REF!|DIV/0!|N/A|NUM!|NULL!)'
-"""What a spreadsheet leaves of a cell that it took for a formula: ids may start with `-`."""
+SPREADSHEET = r'^"?#[^\s,"]+'
+"""What a spreadsheet leaves of an id that starts with `-`, which it takes for a formula: #NAME?, #NOM?, #WERT! ..."""
 
 LONGEST_S = 12 * 3600
 """No video of the lists is longer, in seconds: beyond it, a time is milliseconds or another column."""
+
+LONGEST_CLIP_S = 3600
+"""No clip of such a list is longer, in seconds: beyond it, its times are milliseconds."""
 
 SEGMENT = 'YTID, start_seconds, end_seconds, "label ids", such as --PJHxphWEs, 30.000, 40.000, "/m/09x0r"'
 EVENT = "YTID_startms, start_seconds, end_seconds, label id, with tabs between"
@@ -87,6 +90,8 @@ def _times(start: str, end: str, strict: bool) -> str | None:
             return f"the {name} is {_quoted(text)}, not a number of seconds"
     if float(end) < float(start) or (strict and float(end) == float(start)):
         return f"it ends at {end} s, not after its start at {start} s"
+    if float(end) - float(start) > LONGEST_CLIP_S and strict:
+        return f"it lasts from {start} to {end} s, over an hour: are these milliseconds?"
     if float(end) > LONGEST_S:
         return f"it ends at {end} s, and no video is over 12 hours: are these milliseconds?"
     return None

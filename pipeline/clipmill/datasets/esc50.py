@@ -30,6 +30,10 @@ class Esc50(Archived):
         """esc50 or esc10."""
         return self.subset
 
+    def hints(self) -> list[str]:
+        """What a user of its folds must know; the recordings that straddle are none of ESC-10's."""
+        return [] if self.subset == "esc10" else super().hints()
+
     def prepare(self, dest: Path) -> Prepared:
         """List the clips with their official folds; the group is the Freesound source. See `Dataset`."""
         root = self.root(dest)

@@ -109,6 +109,8 @@ def by_labels(root: Path, found: list[str], rows: list[Row]) -> Prepared:
         FetchError: none of the files is there.
         TableError: rows of one clip disagree on fold, group or split.
     """
+    if not rows:
+        raise TableError(f"{root}: the labels name no clips of the kind wanted")
     present = set(found)
     by_name = defaultdict(list)
     for source in found:

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from clipmill.datasets.bad_rows import (
     EVENT,
+    LONGEST_CLIP_S,
     LONGEST_S,
     SEGMENT,
-    SPREADSHEET,
     YTID,
     BadRow,
     bad_event,
@@ -40,7 +40,7 @@ _SEGMENT = rf'^(?P<ytid>{YTID}), ?(?P<start>{_NUMBER}), ?(?P<end>{_NUMBER}), ?(?
 _EVENT = (
     rf"^(?P<ytid>{YTID})_(?P<ms>\d{{1,8}})\t(?P<start>{_NUMBER})\t(?P<end>{_NUMBER})\t(?P<labels>/\S+)\s*$"
 )
-_NO_ROW = r'^\s*$|^"?#|^"?YTID"?,|^segment_id\t'
+_NO_ROW = r'^\s*$|^"?#(\s|"?$)|^"?YTID"?,|^segment_id\t'
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def read_segments(path: Path, labels: LabelTable | None, skip_bad_rows: bool = F
     fields = pc.extract_regex(rows["text"], _SEGMENT)
     start_s, end_s = _seconds(fields, "start"), _seconds(fields, "end")
     good = _true(pc.and_(pc.less(start_s, end_s), pc.less_equal(end_s, LONGEST_S)))
+    good &= _true(pc.less_equal(pc.subtract(end_s, start_s), LONGEST_CLIP_S))
     row_of, codes = _label_codes(pc.struct_field(fields, "labels"), labels)
     good[row_of[codes < 0]] = False
     bad = [_half_a_file(stated, rows)] if rows.num_rows < stated else []
@@ -141,7 +142,7 @@ def _by_clip(table: pa.Table, rank: NDArray[np.integer], names: list[str]) -> pa
 def _rows(path: Path) -> tuple[pa.Table, int]:
     """The lines that should be rows (text and line), and how many rows the header states (0: it does not)."""
     lines = lines_of(path)
-    other = pc.and_not(pc.match_substring_regex(lines, _NO_ROW), pc.match_substring_regex(lines, SPREADSHEET))
+    other = pc.match_substring_regex(lines, _NO_ROW)
     numbers = pa.array(np.arange(1, len(lines) + 1, dtype=np.int32))
     rows = pa.table({"line": numbers, "text": lines}).filter(pc.invert(other))
     if not rows.num_rows:

@@ -10,7 +10,6 @@ from clipmill.datasets import Prepared
 from clipmill.datasets.archive import Archived
 from clipmill.datasets.folder import by_labels, scan
 from clipmill.datasets.labels import Columns, read_labels
-from clipmill_manifests import facts
 
 
 @dataclass(frozen=True)
@@ -20,14 +19,6 @@ class UrbanSound8K(Archived):
     KIND: ClassVar[str] = "urbansound8k"
     LANDMARK: ClassVar[str] = "metadata/UrbanSound8K.csv"
     COLUMNS: ClassVar[Columns] = Columns("slice_file_name", "class", "fold", "fsID")
-
-    def hints(self) -> list[str]:
-        """What a user of its folds must know."""
-        groups = facts(self.KIND)["straddling"]
-        return [
-            f"note: {len(groups)} Freesound recordings stand in two of the official folds each ({', '.join(groups)}); "
-            "`pipeline train --fold` refuses the folds concerned without --allow-leak"
-        ]
 
     def prepare(self, dest: Path) -> Prepared:
         """List the slices with their official folds; the group is the Freesound source. See `Dataset`.

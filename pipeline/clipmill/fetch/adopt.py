@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipmill import tables
 from clipmill.audio.duration import stated_s
 from clipmill.errors import DecodeError
 from clipmill.fetch.check import check_media
@@ -21,6 +21,9 @@ from clipmill.fetch.others import had_by_others
 from clipmill.fetch.watch import Watch
 from clipmill.run import Crew, Lost
 from clipmill.sources import in_place_order, opened
+
+LEDGER = "ledger"
+"""The kind of a source that another fetch's ledger knows."""
 
 _SLACK_S = 1.0
 """A file longer than its clip by no more than this was cut for it; a longer one is the whole video."""
@@ -33,7 +36,7 @@ _AT_ONCE = 64
 class Adoption:
     """A source that may be a clip: the stretch of the video (seconds) that the clip is, and what is let pass.
 
-    `place`: where in the source the clip lies, where that is known; else the source's length tells.
+    `kind`: how its name agrees (`find.KINDS`), or `LEDGER`: `place` is where in it the clip lies.
     """
 
     key: str
@@ -42,47 +45,62 @@ class Adoption:
     end_s: float | None
     short_s: float = 0.5
     keep_silent: bool = False
-    place: tuple[float | None, float | None] | None = None
+    kind: str = "id"
+    place: tuple[float | None, float | None] = (None, None)
 
 
 def adopt_media(
-    wanted: pa.Table, ledger: Ledger, media_root: Path, options: SegmentOptions, watch: Watch
+    wanted: pa.Table, ledger: Ledger, media_root: Path, options: SegmentOptions, report: Path, watch: Watch
 ) -> None:
     """Look for `wanted` (columns of `tables.MANIFEST`) in `options.from_dirs`, and record what is there and sound.
 
-    What is there and cannot be used is told, and not recorded: it is as if it were not there.
+    A source that cannot be used is told, and written to `report` (JSON Lines) with its reason;
+    its clip is taken from the next source that could be it, or stays as it was.
 
     Raises:
         FetchError: one of the folders is none.
     """
-    others, found = candidates(options.from_dirs, wanted)
-    for warning in (*found.warnings, *(() if others.num_rows else found.barren)):
+    media, found = candidates(options.from_dirs, wanted)
+    for warning in (*found.warnings, *(() if media.num_rows else found.barren)):
         watch.say(warning)
     if found.duplicates:
-        watch.say(f"{found.duplicates} clips have several sources; the first in order was taken")
-    watch.total("adopt", others.num_rows + found.media.num_rows, "clips")
+        watch.say(f"{found.duplicates} clips have several sources; the first that is fit is taken")
     splits = dict(zip(wanted["key"].to_pylist(), wanted["split"].to_pylist(), strict=True))
-    had, unfit, example = 0, Counter[str](), ""
-    units = chain(
-        _units(others, wanted, media_root, options),
-        _units(found.media.select(["key", "source"]), wanted, media_root, options),
-    )
-    for outcome in _adopt_all(units, options):
-        if outcome.had:
-            had += 1
-            ledger.record(outcome, splits[outcome.key])
-        else:
-            unfit[outcome.reason] += 1
-            example = example or f"{outcome.source}: {outcome.reason}: {outcome.message}"
-        watch.update(had + unfit.total(), f"had {had}, unfit {unfit.total()}")
+    firsts = pc.sum(pc.equal(media["turn"], 0)).as_py() or 0
+    watch.total("adopt", firsts, "clips")
+    had, unfit, waiting = 0, [], media["key"]
+    for turn in range((pc.max(media["turn"]).as_py() or 0) + 1):
+        now = media.filter(
+            pc.and_(pc.equal(media["turn"], turn), pc.is_in(media["key"], waiting.combine_chunks()))
+        )
+        missed = []
+        for outcome in _adopt_all(_units(now, wanted, media_root, options), options):
+            if outcome.had:
+                had += 1
+                ledger.record(outcome, splits[outcome.key])
+            else:
+                missed.append(outcome.key)
+                unfit.append(
+                    {name: getattr(outcome, name) for name in ("key", "source", "reason", "message")}
+                )
+            watch.update(had, f"had {had}, unfit {len(unfit)}")
+        waiting = pa.chunked_array([pa.array(missed, pa.string())])
     watch.say(f"adopted {had} of {wanted.num_rows} clips wanted, read where they stand")
+    report.unlink(missing_ok=True)
     if unfit:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(unfit.items()))
-        watch.say(f"  {unfit.total()} sources found cannot be used ({reasons}), such as {example}")
+        tables.write_jsonl(report, tables.in_order(unfit))
+        reasons = ", ".join(
+            f"{reason} {n}" for reason, n in sorted(Counter(u["reason"] for u in unfit).items())
+        )
+        watch.say(f"  {len(unfit)} sources cannot be used ({reasons}): {report}")
 
 
 def candidates(dirs: Sequence[Path], wanted: pa.Table) -> tuple[pa.Table, Found]:
     """What the folders hold of `wanted`: clips that a fetch of ours had there (see `others`), and of the rest, media.
+
+    Returns:
+        A table of key, source, kind, turn (see `Found`) and, of what a fetch of ours had,
+        start_s and end_s; and what finding the media came to.
 
     Raises:
         FetchError: one of the folders is none.
@@ -92,7 +110,9 @@ def candidates(dirs: Sequence[Path], wanted: pa.Table) -> tuple[pa.Table, Found]
     rest = wanted.filter(pc.invert(pc.is_in(wanted["key"], others["key"].combine_chunks())))
     found = find_media(dirs, rest)
     found.warnings[:0] = warnings
-    return others, found
+    known = others.append_column("kind", pa.repeat(LEDGER, others.num_rows))
+    known = known.append_column("turn", pa.repeat(pa.scalar(0, pa.int32()), others.num_rows))
+    return pa.concat_tables([known, found.media], promote_options="default"), found
 
 
 def adopt(job: Adoption, media_root: Path = Path("/")) -> Outcome:
@@ -105,7 +125,7 @@ def adopt(job: Adoption, media_root: Path = Path("/")) -> Outcome:
     try:
         with opened(media_root, job.source) as path:
             size = path.stat().st_size if path.exists() else None
-            start_s, end_s = job.place or _stretch(job, wanted_s, stated_s(path))
+            start_s, end_s = job.place if job.kind == LEDGER else _stretch(job, wanted_s, stated_s(path))
             checked = check_media(
                 path, start_s, end_s, wanted_s or 0.0, short_s=job.short_s, keep_silent=job.keep_silent
             )
@@ -122,7 +142,9 @@ def _stretch(
     """Which stretch of a source that says it lasts `stated` seconds is the clip; None: from its start, to its end."""
     if wanted_s is None or stated is None or stated <= wanted_s:
         return None, None
-    if stated <= wanted_s + _SLACK_S:
+    if (
+        stated <= wanted_s + _SLACK_S or job.kind != "id"
+    ):  # a name that tells the start says that it was cut there
         return None, wanted_s
     if stated + job.short_s >= (job.end_s or 0.0):
         return job.start_s, job.end_s
@@ -137,7 +159,7 @@ Unit = tuple[Path, list[Adoption]]
 
 
 def _units(media: pa.Table, wanted: pa.Table, media_root: Path, options: SegmentOptions) -> Iterator[Unit]:
-    """The sources found, a few at a time, neighbours together; with start_s and end_s, their places are known."""
+    """The sources, a few at a time, neighbours together."""
     media = media.take(in_place_order(media["source"]))
     place = pc.index_in(media["key"], wanted["key"].combine_chunks())
     for first in range(0, media.num_rows, _AT_ONCE):
@@ -151,7 +173,8 @@ def _units(media: pa.Table, wanted: pa.Table, media_root: Path, options: Segment
                     source=row["source"],
                     short_s=options.allow_short,
                     keep_silent=options.keep_silent,
-                    place=(row["start_s"], row["end_s"]) if "start_s" in row else None,
+                    kind=row["kind"],
+                    place=(row["start_s"], row["end_s"]),
                 )
                 for clip, row in zip(clips, rows, strict=True)
             ],

@@ -59,7 +59,8 @@ def _provide_archive(dataset: Archived, remote: Remote, folder: Path, watch: Wat
             remote = replace(remote, size=None, checksum=None)
         archive = download(remote, folder / DOWNLOADS_FOLDER / remote.file, watch=watch, mend=_MEND)
         found = remote.checksum or checksum_of(archive, None, watch)
-    unpack(archive, media, note={"archive": archive.name, "checksum": found}, watch=watch)
+    note = {"archive": archive.name, "checksum": found}
+    unpack(archive, media, note=note, check=dataset.root_in, watch=watch)
     if dataset.archive is None and not dataset.keep_archive:
         archive.unlink()
 

@@ -73,7 +73,7 @@ def load(root: Path, name: str, *, need_media: bool = True) -> Fetched:
         TableError: its tables are damaged.
     """
     said = facts_of(root, name)
-    folder, media_root = root / name, Path(said["media_root"])
+    folder, media_root = root / name, (root / name / said["media_root"]).resolve()
     if need_media and not media_root.is_dir():
         raise FetchError(
             f"{name}: its media folder {media_root} is not there any more; fetch it again with its new place"

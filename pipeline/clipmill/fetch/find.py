@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -39,9 +40,10 @@ _CLOSE_S = 0.0005
 class Found:
     """What the folders hold of the clips wanted.
 
-    `media`: a row for each clip found: `key`, `source` (absolute; see `clipmill.sources`) and
-    `kind`, one of `KINDS`. `seen`: names looked at. `duplicates`: clips that several sources
-    could be, of which the most telling name, then the first in order, was taken. `warnings`:
+    `media`: a row for each source found: `key`, `source` (absolute; see `clipmill.sources`),
+    `kind`, one of `KINDS`, and `turn`: 0 for the source of the most telling name (then the first
+    in order), 1 for the one to take if that is unfit, and so on. `seen`: names looked at.
+    `duplicates`: clips that several sources could be. `warnings`:
     what could not be read. `barren`: folders that hold nothing wanted.
     """
 
@@ -81,9 +83,9 @@ def find_media(dirs: Sequence[Path], wanted: pa.Table) -> Found:
         if not matched:
             said = f"{found.seen - before} names seen, such as {example}" if example else "no sound files"
             found.barren.append(
-                f"--from {folder}: holds none of the clips wanted ({said}); known are {NAMES}"
+                f"--from {folder}: holds none of the clips still wanted ({said}); known are {NAMES}"
             )
-    found.media, found.duplicates = _best(pa.concat_tables([_no_candidates(), *parts]))
+    found.media, found.duplicates = _in_turn(pa.concat_tables([_no_candidates(), *parts]))
     return found
 
 
@@ -286,18 +288,19 @@ def _agrees(
     return start, pc.and_(start, close(table["to"], table["end_s"]))
 
 
-def _best(candidates: pa.Table) -> tuple[pa.Table, int]:
-    """One source for each key, and how many keys had several."""
+def _in_turn(candidates: pa.Table) -> tuple[pa.Table, int]:
+    """The sources of each key, the best first (its turn is 0), and how many keys have several."""
     table = candidates.group_by(["key", "source"]).aggregate([("rank", "min")])
     table = table.sort_by([("key", "ascending"), ("rank_min", "ascending"), ("source", "ascending")])
-    keys = table["key"].combine_chunks()
-    if not len(keys):
-        return pa.table({name: pa.array([], pa.string()) for name in ("key", "source", "kind")}), 0
-    new = pc.not_equal(keys[1:], keys[:-1])
-    first = table.filter(pa.concat_arrays([pa.array([True]), new]))
-    several = table.num_rows - first.num_rows
-    if several:
-        again = keys.filter(pa.concat_arrays([pa.array([False]), pc.invert(new)]))
-        several = pc.count_distinct(again).as_py()
-    kind = pc.take(pa.array(KINDS), first["rank_min"])
-    return pa.table({"key": first["key"], "source": first["source"], "kind": kind}), several
+    places = np.arange(table.num_rows)
+    keys = pc.index_in(table["key"], pc.unique(table["key"])).to_numpy()
+    turn = places - np.searchsorted(
+        keys, keys
+    )  # sorted by key, so a key's first place is where it would be put in
+    media = {
+        "key": table["key"],
+        "source": table["source"],
+        "kind": pc.take(pa.array(KINDS), table["rank_min"]) if table.num_rows else pa.array([], pa.string()),
+        "turn": pa.array(turn, pa.int32()),
+    }
+    return pa.table(media), int((turn == 1).sum())

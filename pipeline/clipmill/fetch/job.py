@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,21 @@ import pyarrow.compute as pc
 from clipmill import __version__, tables
 from clipmill.datasets import Dataset, Prepared
 from clipmill.datasets.archive import MEDIA_FOLDER
+from clipmill.errors import ConfigError
 from clipmill.fetch import archives
-from clipmill.fetch.adopt import adopt_media, candidates
+from clipmill.fetch.adopt import adopt_media
 from clipmill.fetch.fetched import FETCH_FILE, LEDGER_FILE, MANIFEST_FILE, Fetched, folder_of, load
 from clipmill.fetch.ledger import Ledger
 from clipmill.fetch.lock import Lock
 from clipmill.fetch.options import SegmentOptions
 from clipmill.fetch.reasons import POLICY
+from clipmill.fetch.recheck import forget_gone
 from clipmill.fetch.segments import Places, fetch_segments
 from clipmill.fetch.watch import QUIET, Watch
 from clipmill_manifests import facts
 
-_BYTES_A_SECOND = 16_000.0
-"""Of Opus as YouTube sends it, about; used until there are clips to measure."""
+UNFIT_FILE = "unfit.jsonl"
+"""What `--from` led to and could not be used."""
 
 
 def fetch(
@@ -53,6 +54,7 @@ def fetch(
     new = not folder.exists()
     try:
         with tables.locked(folder):
+            must_be_of(kind, dataset, root, name)
             archives.provide(dataset, folder, watch)
             if getattr(dataset, "by_segment", False):
                 _by_segment(kind, dataset, folder, options or SegmentOptions(), lock, watch)
@@ -63,6 +65,21 @@ def fetch(
             folder.rmdir()
         raise
     return load(root, name)
+
+
+def must_be_of(kind: str, dataset: Dataset, root: Path, name: str) -> None:
+    """Raise where the folder holds another dataset: its account would be lost, or mixed with this one's."""
+    path = root / name / FETCH_FILE
+    if not path.exists():
+        return
+    said = tables.read_json(path, "kind", "options")
+    was = f"{said['kind']} --strong" if said["options"].get("strong") else said["kind"]
+    now = f"{kind} --strong" if getattr(dataset, "strong", False) else kind
+    if was != now:
+        raise ConfigError(
+            f"{root / name}: holds what `pipeline fetch {was}` made; give this one another --name or --root, "
+            "or remove that folder"
+        )
 
 
 def _at_once(kind: str, dataset: Dataset, folder: Path) -> None:
@@ -84,64 +101,6 @@ def _at_once(kind: str, dataset: Dataset, folder: Path) -> None:
     _vouch(kind, dataset, folder, prepared.media_root)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a fetch would do: clips, hours at the rate given or seen (None: not known), bytes on disk (an estimate)."""
-
-    wanted: int
-    had: int
-    adopt: int
-    ask: int
-    per_hour: float | None
-    hours: float | None
-    bytes: int
-    free_bytes: int
-
-
-def foresee(
-    kind: str,
-    dataset: Dataset,
-    root: Path,
-    options: SegmentOptions,
-    lock: Lock | None = None,
-    watch: Watch = QUIET,
-) -> Plan:
-    """Say what `fetch` would do, of a dataset that is fetched clip by clip; gets its lists, and writes nothing else.
-
-    Raises:
-        As `fetch` does.
-    """
-    folder = folder_of(root, dataset.name)
-    with tables.locked(folder):
-        archives.provide(dataset, folder, watch)
-        manifest = wanted(folder, dataset.prepare(folder), lock, watch.say)
-        with tempfile.TemporaryDirectory() as scratch:
-            path = folder / LEDGER_FILE if (folder / LEDGER_FILE).exists() else Path(scratch) / LEDGER_FILE
-            with Ledger(path, write=not path.exists()) as ledger:
-                had = ledger.columns("key", "bytes", outcome="had")
-                pace, ask, adopt = ledger.pace(), to_ask(manifest, ledger, options.retry), 0
-                if options.from_dirs:
-                    others, found = candidates(options.from_dirs, to_adopt(manifest, ledger))
-                    here = pa.concat_arrays([t["key"].combine_chunks() for t in (others, found.media)])
-                    adopt = len(here)
-                    ask = ask.filter(pc.invert(pc.is_in(ask["key"], here)))
-    seconds = pc.sum(pc.subtract(ask["end_s"], ask["start_s"])).as_py() or 0.0
-    had_seconds = 10.0 * len(had["key"])
-    each_s = sum(size or 0 for size in had["bytes"]) / had_seconds if had_seconds else _BYTES_A_SECOND
-    per_hour = options.per_hour or (pace[0] if pace else None)
-    asks = 0 if options.offline else ask.num_rows
-    return Plan(
-        wanted=manifest.num_rows,
-        had=int(pc.sum(pc.is_in(manifest["key"], pa.array(had["key"], pa.string()))).as_py() or 0),
-        adopt=adopt,
-        ask=asks,
-        per_hour=per_hour,
-        hours=asks / per_hour if per_hour else None,
-        bytes=round(seconds * each_s) if asks else 0,
-        free_bytes=shutil.disk_usage(folder).free,
-    )
-
-
 def _by_segment(
     kind: str, dataset: Dataset, folder: Path, options: SegmentOptions, lock: Lock | None, watch: Watch
 ) -> None:
@@ -149,7 +108,7 @@ def _by_segment(
     request = _request(dataset, folder, lock)
     # Two million rows take a while to be listed: not again for the same request.
     prepared = None if _is_last(request, folder) else dataset.prepare(folder)
-    places = Places(folder / MEDIA_FOLDER, folder / ".parts")
+    places = Places((folder / MEDIA_FOLDER).resolve(), folder / ".parts")
     places.media.mkdir(exist_ok=True)
     with Ledger(folder / LEDGER_FILE, write=True) as ledger:
         if prepared is None:
@@ -158,11 +117,14 @@ def _by_segment(
             manifest = wanted(folder, prepared, lock, watch.say)
             (folder / FETCH_FILE).unlink(missing_ok=True)  # it vouches for what changes now
             tables.write_table(folder / MANIFEST_FILE, manifest)
-            ledger.scope(manifest["key"].to_pylist, _name_of(manifest))
-            ledger.passed_over(prepared.failures)
+            clips = (manifest[column].to_pylist for column in ("key", "split"))
+            ledger.scope(lambda: zip(*(values() for values in clips), strict=True), _name_of(manifest))
+            ledger.passed_over(prepared.failures, prepared.lists)
             _vouch(kind, dataset, folder, places.media, request)
+        if options.recheck:
+            forget_gone(manifest, ledger, places.media, options.jobs, watch)
         if options.from_dirs:
-            adopt_media(to_adopt(manifest, ledger), ledger, places.media, options, watch)
+            adopt_media(to_adopt(manifest, ledger), ledger, places.media, options, folder / UNFIT_FILE, watch)
         if not options.offline:
             todo = to_ask(manifest, ledger, options.retry)
             watch.total(f"fetch {dataset.name}", todo.num_rows, "clips")
@@ -192,13 +154,15 @@ def _request(dataset: Dataset, folder: Path, lock: Lock | None) -> str:
 
 def _vouch(kind: str, dataset: Dataset, folder: Path, media_root: Path, request: str | None = None) -> None:
     about = {k: v for k, v in facts(kind).items() if isinstance(v, str)}
+    inside = media_root.resolve().is_relative_to(folder.resolve())
     tables.write_json(
         folder / FETCH_FILE,
         {
             "name": dataset.name,
             "kind": kind,
             "options": _options(dataset),
-            "media_root": str(media_root.resolve()),
+            # Within the dataset's own folder it moves along with it.
+            "media_root": os.path.relpath(media_root, folder) if inside else str(media_root.resolve()),
             "about": about,
             "by_segment": request is not None,
             "request": request,
@@ -219,11 +183,16 @@ def wanted(folder: Path, prepared: Prepared, lock: Lock | None, say: Callable[[s
     """
     manifest = prepared.manifest
     if lock is not None:
-        absent = len(lock) - pc.sum(pc.is_in(lock.keys, manifest["key"].combine_chunks())).as_py()
         manifest = manifest.filter(pc.is_in(manifest["key"], lock.keys))
+        absent = len(lock) - manifest.num_rows
+        if not manifest.num_rows:
+            raise ConfigError(
+                "--lock: none of its clips stands in the lists asked for; see --split and --list"
+            )
         say(f"the lock names {len(lock)} clips; {manifest.num_rows} of them stand in the lists asked for")
         if absent:
             say(f"  {absent} do not: are there more to name with --split or --list?")
+        return manifest
     path = folder / MANIFEST_FILE
     if not path.exists():
         return manifest
@@ -255,9 +224,9 @@ def to_adopt(manifest: pa.Table, ledger: Ledger) -> pa.Table:
 
 
 def _name_of(manifest: pa.Table) -> str:
-    """A hash of the manifest's keys."""
-    keys = manifest["key"].combine_chunks()
-    lines = pc.binary_join(pa.ListArray.from_arrays([0, len(keys)], keys), "\n")
+    """A hash of the manifest's keys and splits."""
+    rows = pc.binary_join_element_wise(manifest["key"], manifest["split"], " ").combine_chunks()
+    lines = pc.binary_join(pa.ListArray.from_arrays([0, len(rows)], rows), "\n")
     return hashlib.sha256(lines[0].as_buffer()).hexdigest()
 
 

@@ -58,6 +58,22 @@ CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT NOT NULL) WI
 PRAGMA user_version = {_VERSION};
 """
 
+_ASIDE = "key != '' AND key NOT IN (SELECT key FROM wanted)"
+_BACK = "key IN (SELECT key FROM wanted)"
+_SCOPE = (
+    f"INSERT OR REPLACE INTO set_aside SELECT * FROM outcomes WHERE {_ASIDE}",
+    f"DELETE FROM outcomes WHERE {_ASIDE}",
+    f"INSERT OR REPLACE INTO outcomes SELECT * FROM set_aside WHERE {_BACK}",
+    f"DELETE FROM set_aside WHERE {_BACK}",
+    # A clip may stand in another split now; deleted and put in again, for the counts to follow.
+    "CREATE TEMP TABLE moved AS SELECT o.* FROM outcomes o JOIN wanted w ON o.key = w.key WHERE o.split != w.split",
+    "DELETE FROM outcomes WHERE key IN (SELECT key FROM moved)",
+    "UPDATE moved SET split = (SELECT split FROM wanted WHERE wanted.key = moved.key)",
+    "INSERT INTO outcomes SELECT * FROM moved",
+    "DROP TABLE moved",
+)
+"""From the outcomes of some clips to those of the clips in the temporary table `wanted`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -122,7 +138,10 @@ class Ledger:
         try:
             yield
         except sqlite3.Error as error:
-            raise TableError(f"{self._path}: cannot be {what}: {error}") from error
+            hint = ""
+            if not self._write and self._path.with_name(f"{self._path.name}-wal").exists():
+                hint = "; a fetch was killed here: `--status`, by somebody who may write there, mends it"
+            raise TableError(f"{self._path}: cannot be {what}: {error}{hint}") from error
 
     def __enter__(self) -> Ledger:
         return self
@@ -148,10 +167,11 @@ class Ledger:
             self._insert((key, source, "had", "", "", split, *[None] * 5, now) for key, source, split in had)
             self._insert(_row_of_failure(f, splits.get(f.key, NO_SPLIT), now) for f in losses)
 
-    def passed_over(self, losses: Iterable[Failure]) -> None:
-        """Replace what was found but never wanted (rows without a key)."""
+    def passed_over(self, losses: Iterable[Failure], lists: Iterable[str]) -> None:
+        """Replace the rows without a key, which were found but never wanted, that these lists had ("LIST:line")."""
         with self._told("written"), self._base:
-            self._base.execute("DELETE FROM outcomes WHERE key = ''")
+            theirs = "DELETE FROM outcomes WHERE key = '' AND substr(source, 1, length(?1) + 1) = ?1 || ':'"
+            self._base.executemany(theirs, ((name,) for name in lists))
             self._insert(_row_of_failure(f, NO_SPLIT, time.time()) for f in losses)
 
     def record(self, outcome: Outcome, split: str) -> None:
@@ -170,23 +190,18 @@ class Ledger:
         with self._told("written"), self._base:
             self._base.executemany("DELETE FROM outcomes WHERE key = ?", ((key,) for key in keys))
 
-    def scope(self, keys: Callable[[], Iterable[str]], name: str) -> None:
-        """Make the outcomes those of these clips: set the others aside, and take back those set aside before.
+    def scope(self, clips: Callable[[], Iterable[tuple[str, str]]], name: str) -> None:
+        """Make the outcomes those of these clips (key, split): set the others aside, and take back what was.
 
         `name` stands for the clips (a hash): nothing is done when it is that of the last time.
         """
         if self.state("scope") == name:
             return
         with self._told("written"), self._base:
-            self._base.execute("CREATE TEMP TABLE wanted (key TEXT PRIMARY KEY) WITHOUT ROWID")
-            self._base.executemany("INSERT OR IGNORE INTO wanted VALUES (?)", ((key,) for key in keys()))
-            moves = (
-                ("outcomes", "set_aside", "key != '' AND key NOT IN wanted"),
-                ("set_aside", "outcomes", "key IN wanted"),
-            )
-            for here, there, which in moves:
-                self._base.execute(f"INSERT OR REPLACE INTO {there} SELECT * FROM {here} WHERE {which}")
-                self._base.execute(f"DELETE FROM {here} WHERE {which}")
+            self._base.execute("CREATE TEMP TABLE wanted (key TEXT PRIMARY KEY, split TEXT) WITHOUT ROWID")
+            self._base.executemany("INSERT OR IGNORE INTO wanted VALUES (?, ?)", clips())
+            for step in _SCOPE:
+                self._base.execute(step)
             self._base.execute("INSERT OR REPLACE INTO state VALUES ('scope', ?)", (name,))
             self._base.execute("DROP TABLE wanted")
 

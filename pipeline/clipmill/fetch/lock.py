@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import io
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,9 +28,10 @@ import pyarrow.csv
 
 from clipmill import tables
 from clipmill.audio import content_sha256
-from clipmill.errors import DecodeError, TableError
+from clipmill.errors import ConfigError, DecodeError, TableError
 from clipmill.fetch.fetched import LEDGER_FILE, Fetched
 from clipmill.fetch.ledger import Ledger
+from clipmill.fetch.recheck import gone
 from clipmill.run import run_units
 from clipmill.sources import opened
 
@@ -67,6 +69,11 @@ class Lock:
         """sha256 over the lines of the clips: two locks of one id hold the same clips with the same content."""
         return hashlib.sha256(_lines(self.table)).hexdigest()
 
+    def without(self, keys: set[str]) -> Lock:
+        """The same, less these clips."""
+        left = pc.invert(pc.is_in(self.table["key"], pa.array(sorted(keys), pa.string())))
+        return Lock(self.name, self.as_of, self.table.filter(left))
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -83,66 +90,73 @@ class Difference:
 
 def make_lock(
     got: Fetched, jobs: int = 1, update: Callable[[int, str], None] = lambda done, facts: None
-) -> Lock:
-    """The lock of all clips that are had now.
+) -> tuple[Lock, list[str]]:
+    """The lock of all clips that are had now, and the keys of those whose media are gone or unreadable, left out.
 
     Media whose content the ledger does not know (of datasets that were fetched at once) are
-    read, in `jobs` processes.
+    read, in `jobs` processes; of the others it is seen that they are there.
 
     Raises:
-        TableError: none is had, or one of the media cannot be read any more.
+        TableError: not one clip is had.
     """
     lost = pa.array([loss.key for loss in got.losses], pa.string())
     had = got.manifest.filter(pc.invert(pc.is_in(got.manifest["key"], lost)))
-    if not had.num_rows:
-        raise TableError(f"{got.name}: no clip is had yet, so there is nothing to lock")
     with Ledger(got.folder / LEDGER_FILE) as ledger:
         rows = ledger.columns("key", "sha256", outcome="had")
-    content = pa.array(rows["sha256"], pa.string())
-    content = content.take(pc.index_in(had["key"], pa.array(rows["key"], pa.string())).combine_chunks())
-    if content.null_count:
-        content = _read_contents(got, had, content, jobs, update)
-    table = pa.table(
-        {"key": had["key"], "split": had["split"], "sha256": _with_stretch(had, content)}, _SCHEMA
-    )
-    return Lock(got.name, datetime.date.today().isoformat(), table.sort_by("key"))
+    place = pc.index_in(had["key"], pa.array(rows["key"], pa.string())).combine_chunks()
+    had = had.append_column("sha256", pa.array(rows["sha256"], pa.string()).take(place))
+    known = had["sha256"].is_valid()
+    away = set(gone(got.media_root, had.filter(known), jobs, update))
+    hashes = _hashes(got.media_root, had.filter(pc.invert(known)), jobs, update)
+    contents = [
+        None if key in away else content or hashes.get(source)
+        for key, source, content in zip(
+            *(had[c].to_pylist() for c in ("key", "source", "sha256")), strict=True
+        )
+    ]
+    there = pa.array([content is not None for content in contents], pa.bool_())
+    sha256 = _with_stretch(had, contents).filter(there)
+    left_out = had["key"].filter(pc.invert(there)).to_pylist()
+    if not len(sha256):
+        raise TableError(f"{got.name}: not one clip is had, so there is nothing to lock")
+    had = had.filter(there)
+    table = pa.table({"key": had["key"], "split": had["split"], "sha256": sha256}, _SCHEMA)
+    return Lock(got.name, datetime.date.today().isoformat(), table.sort_by("key")), left_out
 
 
-def _read_contents(
-    got: Fetched, had: pa.Table, content: pa.Array, jobs: int, update: Callable[[int, str], None]
-) -> pa.Array:
-    known = content.is_valid().to_pylist()
-    sources = sorted({s for s, k in zip(had["source"].to_pylist(), known, strict=True) if not k})
-    units = [(got.media_root, sources[i : i + _FILES_A_UNIT]) for i in range(0, len(sources), _FILES_A_UNIT)]
-    hashes: dict[str, str] = {}
+def _hashes(
+    media_root: Path, clips: pa.Table, jobs: int, update: Callable[[int, str], None]
+) -> dict[str, str | None]:
+    """Source -> the hash of its content; None where it cannot be read."""
+    sources = pc.unique(clips["source"]).to_pylist()
+    units = ((media_root, sources[i : i + _FILES_A_UNIT]) for i in range(0, len(sources), _FILES_A_UNIT))
+    hashes: dict[str, str | None] = {}
     for found in run_units(_hash_files, units, jobs):
         hashes |= found
         update(len(hashes), "")
-    read = pa.array([hashes.get(source) for source in had["source"].to_pylist()], pa.string())
-    return pc.coalesce(content, read)
+    return hashes
 
 
-def _hash_files(unit: tuple[Path, list[str]]) -> dict[str, str]:
+def _hash_files(unit: tuple[Path, list[str]]) -> dict[str, str | None]:
     media_root, sources = unit
     return {source: _hash_file(media_root, source) for source in sources}
 
 
-def _hash_file(media_root: Path, source: str) -> str:
+def _hash_file(media_root: Path, source: str) -> str | None:
     try:
         with opened(media_root, source) as path:
             return content_sha256(path)
-    except (DecodeError, OSError) as error:
-        raise TableError(f"{media_root / source}: cannot be read to be locked: {error}") from error
+    except (DecodeError, OSError):
+        return None
 
 
-def _with_stretch(had: pa.Table, content: pa.Array) -> pa.Array:
+def _with_stretch(had: pa.Table, contents: list[str | None]) -> pa.Array:
     """The content's hash; where the clip is a stretch of its source, a hash of that and the stretch."""
-    hashes = content.to_pylist()
     part = pc.or_(had["start_s"].is_valid(), had["end_s"].is_valid())
     for row in pc.indices_nonzero(part).to_pylist():
-        stretch = f"{hashes[row]} {had['start_s'][row].as_py()} {had['end_s'][row].as_py()}"
-        hashes[row] = hashlib.sha256(stretch.encode()).hexdigest()
-    return pa.array(hashes, pa.string())
+        stretch = f"{contents[row]} {had['start_s'][row].as_py()} {had['end_s'][row].as_py()}"
+        contents[row] = hashlib.sha256(stretch.encode()).hexdigest()
+    return pa.array(contents, pa.string())
 
 
 def write_lock(lock: Lock, path: Path) -> None:
@@ -153,7 +167,19 @@ def write_lock(lock: Lock, path: Path) -> None:
         file.write(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
-def read_lock(path: Path) -> Lock:
+def read_lock(path: Path, name: str) -> Lock:
+    """Read a lock of the dataset `name`. See `read_any_lock`.
+
+    Raises:
+        ConfigError: it is a lock of another dataset.
+    """
+    lock = read_any_lock(path)
+    if lock.name != name:
+        raise ConfigError(f"--lock {path}: is a lock of {lock.name}, not of {name}")
+    return lock
+
+
+def read_any_lock(path: Path) -> Lock:
     """Read a lock, and check that it is whole and untouched.
 
     Raises:
@@ -161,7 +187,7 @@ def read_lock(path: Path) -> Lock:
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise TableError(f"{path}: cannot be read as a lock: {error}") from error
     head, _, body = data.partition(b"\n")
     said = _HEAD.fullmatch(head.decode(errors="replace") + "\n")
@@ -177,6 +203,8 @@ def read_lock(path: Path) -> Lock:
     except (pa.ArrowException, KeyError) as error:
         raise TableError(f"{path}: is a damaged lock: {error}") from error
     lock = Lock(said["name"], said["as_of"], table)
+    if pc.count_distinct(table["key"]).as_py() != len(lock):
+        raise TableError(f"{path}: is a damaged lock: a key stands twice")
     if len(lock) != int(said["clips"]) or lock.id != said["id"]:
         raise TableError(
             f"{path}: is not what was written: its head says {said['clips']} clips with id {said['id'][:12]}, "
@@ -207,6 +235,5 @@ def _lines(table: pa.Table) -> bytes:
     rows = pc.binary_join_element_wise(table["key"], table["split"], table["sha256"], ",").combine_chunks()
     if not len(rows):
         return b""
-    return bytes(
-        pc.binary_join(pa.ListArray.from_arrays([0, len(rows)], rows), "\n")[0].as_py() + "\n", "ascii"
-    )
+    joined = pc.binary_join(pa.ListArray.from_arrays([0, len(rows)], rows), "\n")[0]
+    return joined.as_py().encode() + b"\n"

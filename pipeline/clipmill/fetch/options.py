@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from clipmill.errors import ConfigError
 from clipmill.types import REASONS
@@ -13,6 +15,8 @@ YOUTUBE = "https://www.youtube.com/watch?v={id}"
 YOUTUBE_PER_HOUR = 300.0
 """What yt-dlp's wiki gives as the number of videos an hour that a guest session is allowed."""
 
+PROXIES = ("http", "https", "socks4", "socks4a", "socks5", "socks5h")
+
 
 @dataclass(frozen=True)
 class SegmentOptions:
@@ -20,7 +24,8 @@ class SegmentOptions:
 
     `rate` is in clips an hour over all workers (None: YouTube's 300, no limit elsewhere; 0: no
     limit). `timeout` and `pause` are in seconds. `retry`: redo the failures of these reasons
-    alone. `from_dirs`: media already here, adopted first; with `offline` nothing else is.
+    alone. `from_dirs`: media already here, adopted first; with `offline` nothing else is. `recheck`:
+    look first whether the media that were had are still there.
     """
 
     url_template: str = YOUTUBE
@@ -38,6 +43,7 @@ class SegmentOptions:
     keep_silent: bool = False
     from_dirs: tuple[Path, ...] = ()
     offline: bool = False
+    recheck: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be.
@@ -53,6 +59,12 @@ class SegmentOptions:
             raise ConfigError(
                 f"--cookies {self.cookies}: is no file; expected cookies.txt as browsers export it"
             )
+        for name in ("rate", "timeout", "pause", "allow_short"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected a finite number")
+        for number, proxy in enumerate(self.proxy, 1):
+            _check_proxy(number, proxy)
         unknown = sorted(set(self.retry) - set(REASONS) - {"all"})
         if unknown:
             raise ConfigError(f"--retry {unknown[0]}: no such reason; known: all, {', '.join(REASONS)}")
@@ -65,9 +77,26 @@ class SegmentOptions:
     def per_hour(self) -> float | None:
         """The budget in clips an hour; None: no limit."""
         if self.rate is None:
-            return YOUTUBE_PER_HOUR if self.url_template == YOUTUBE else None
+            host = urlsplit(self.url_template).hostname or ""
+            return (
+                YOUTUBE_PER_HOUR if re.search(r"(^|\.)(youtube(-nocookie)?\.com|youtu\.be)$", host) else None
+            )
         return self.rate or None
 
     def url(self, video: str) -> str:
         """The page of one video."""
         return self.url_template.replace("{id}", video)
+
+
+def _check_proxy(number: int, proxy: str) -> None:
+    """Raise where a proxy is none; never says it again, for it may hold a password."""
+    try:
+        parts = urlsplit(proxy)
+        sound = parts.scheme in PROXIES and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        sound = False
+    if not sound:
+        raise ConfigError(
+            f"--proxy (number {number}): is no address of a proxy; expected SCHEME://[USER:PASSWORD@]HOST:PORT with "
+            f"a scheme of {', '.join(PROXIES)}, and '/', '@' and ':' in a password as %2F, %40 and %3A"
+        )

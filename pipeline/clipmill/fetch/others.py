@@ -52,7 +52,7 @@ def _had(folder: Path, wanted: pa.Table, warnings: list[str]) -> pa.Table:
     media = folder / MEDIA_FOLDER
     try:
         if not media.is_dir():
-            media = Path(tables.read_json(folder / FETCH_FILE, "media_root")["media_root"])
+            media = folder / tables.read_json(folder / FETCH_FILE, "media_root")["media_root"]
         with Ledger(folder / LEDGER_FILE) as ledger:
             had = pa.table(ledger.columns(*SCHEMA.names, outcome="had"), schema=SCHEMA)
     except TableError as error:

@@ -9,6 +9,7 @@ and copied as they are: see `clipmill.audio.cut`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -232,8 +233,9 @@ def _made(
         if cookies:
             # As text in memory: yt-dlp writes a file of cookies back, and many workers share this one.
             params["cookiefile"] = io.StringIO(cookies.read_text(encoding="utf-8"))
-        ydl = YoutubeDL(params)
-        found = len(ydl.cookiejar)
+        with contextlib.redirect_stderr(io.StringIO()):  # of a line it cannot read it prints the secret
+            ydl = YoutubeDL(params)
+            found = len(ydl.cookiejar)
     except (YoutubeDLError, OSError, UnicodeDecodeError) as error:
         said = re.sub(r"<_io\.StringIO.*?>", "it", " ".join(str(error).split())).removeprefix("ERROR: ")
         raise _no_cookies(given, said) from error

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from clipmill.errors import FetchError
-from clipmill.fetch.governor import Budget, Governor
+from clipmill.fetch.governor import LONGEST_RETRY_AFTER_S, Budget, Governor
 from clipmill.fetch.ledger import Ledger, Outcome
 from clipmill.fetch.options import SegmentOptions
 from clipmill.fetch.reasons import POLICY
@@ -28,6 +28,10 @@ Say = Callable[[str], None]
 SUSPECT = frozenset({"network", "timeout", "forbidden", "tool-error"})
 """Failures that may be nobody's fault but the network's or the site's: many in a row pause the fleet."""
 
+NOWHERE = frozenset({"unavailable", "no-audio"})
+"""What a wrong address or a login page makes of every clip."""
+
+_NOWHERE_CLIPS = 24
 _TICK_EVERY_S = 30.0
 _LONGEST_BACKOFF_S = 300.0
 _WHEN_BANNED = (
@@ -146,6 +150,8 @@ class _Fleet:
             Governor(options.pause, options.max_pauses, streak) for _ in options.proxy or ("",)
         ]
         self._turn = 0
+        who = (options.url_template, options.proxy, str(options.cookies), options.cookies_from_browser)
+        self._who = hashlib.sha256(repr(who).encode()).hexdigest()
         self._asked: dict[str, _Asked] = {}
         self._tries: Counter[int] = Counter()
         self._doubtful: set[int] = (
@@ -155,10 +161,12 @@ class _Fleet:
             Counter()
         )  # times that it looked as if the clip itself, and not everything, failed
         self._answers: dict[int, Outcome] = {}  # the last answer of each clip that was put last
+        self._not_there: list[int] | None = []  # the first clips, as long as none of them was there
         self._had = self._failed = 0
 
     def run(self) -> None:
         began, ticked = time.time(), 0.0
+        self._keep_pausing()
         try:
             with Crew(fetch_segment, self._options.jobs) as crew:
                 while self._queue or crew.in_flight:
@@ -175,7 +183,15 @@ class _Fleet:
         finally:
             self._show()
             self._ledger.tick(began, self._had + self._failed, self._had)
-            self._ledger.set_state("pause", "{}")
+
+    def _keep_pausing(self) -> None:
+        """A pause that the run before was in still holds for who asks alike: "in two hours" was meant."""
+        pause = json.loads(self._ledger.state("pause") or "{}")
+        left_s = min(pause.get("until", 0.0) - time.time(), LONGEST_RETRY_AFTER_S)
+        if left_s > 0 and len(self._governors) == 1 and pause.get("who") == self._who:
+            self._governors[0].paused_until = time.monotonic() + left_s
+            self._governors[0].why = pause["why"]
+            self._say(f"still pausing, for {left_s:.0f} s, as the last run was: {pause['why']}")
 
     # --- asking
 
@@ -232,7 +248,7 @@ class _Fleet:
         if isinstance(answer, Lost):
             hint = "; --timeout allows more" if answer.reason == "timeout" else ""
             answer = Outcome(key, answer.reason, answer.message + hint)
-        policy = "final" if answer.had else POLICY[answer.reason]
+        policy = "final" if answer.had else POLICY.get(answer.reason, "again")
         if policy == "fleet":
             self._refused(asked, answer)
         elif policy == "again":
@@ -241,6 +257,26 @@ class _Fleet:
             asked.governor.answered(asked.at)
             self._doubtful.clear()
             self._record(asked.row, answer)
+            self._nowhere(asked.row, answer)
+
+    def _nowhere(self, row: int, answer: Outcome) -> None:
+        """Where not one clip is had and the first many are not there, it is the address that is wrong, not the clips.
+
+        Raises:
+            FetchError: they are; and none of them is marked as failed.
+        """
+        if self._not_there is None or answer.reason not in NOWHERE or self._options.retry:
+            self._not_there = None
+            return
+        self._not_there.append(row)
+        if len(self._not_there) == _NOWHERE_CLIPS:
+            self._ledger.forget(self._todo["key"][r].as_py() for r in self._not_there)
+            self._failed -= len(self._not_there)
+            raise FetchError(
+                f"not one of the first {_NOWHERE_CLIPS} clips is there ({answer.reason}: {answer.message}); "
+                "they are not marked as failed. Is --url-template right, and does nothing stand in between, "
+                "such as a login page?"
+            )
 
     def _refused(self, asked: _Asked, answer: Outcome) -> None:
         """A bot check, or 429: the fleet pauses, and the clip is asked for again when others have been."""
@@ -318,13 +354,13 @@ class _Fleet:
     def _say_pause(self, governor: Governor, now: float) -> None:
         if governor.exhausted:
             return
-        who = "all workers pause" if len(self._governors) == 1 else "its proxy pauses"
+        number = self._governors.index(governor) + 1
+        who = "all workers pause" if len(self._governors) == 1 else f"proxy {number} pauses"
         which = f"pause {governor.pauses} of {governor.max_pauses}"
         text = f"{who} for {governor.wait_s(now):.0f} s ({which}): {governor.why}"
         self._say(text)
-        self._ledger.set_state(
-            "pause", json.dumps({"until": time.time() + governor.wait_s(now), "why": governor.why})
-        )
+        until = time.time() + governor.wait_s(now)
+        self._ledger.set_state("pause", json.dumps({"until": until, "why": governor.why, "who": self._who}))
 
     def _refusal(self) -> str:
         left = self._todo.num_rows - self._had - self._failed

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipmill import tables
 from clipmill.errors import FetchError, TableError
 from clipmill.fetch.fetched import LEDGER_FILE, MANIFEST_FILE, facts_of
 from clipmill.fetch.ledger import Ledger
@@ -48,7 +49,7 @@ class Status:
 
     `tried_per_hour` is over the last hour of the last run, `eta_s` what is left at that rate;
     None where no run has lasted long enough to tell. `may_heal` counts the failures that the
-    next run tries again. `pausing_s` is how long a running fetch will go on pausing.
+    next run tries again. `pausing_s` is how long it will go on pausing. `running`: at this moment.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Status:
     may_heal: int
     tried_per_hour: float | None
     eta_s: float | None
+    running: bool
     pausing_s: float
     pausing_why: str
     splits: list[SplitStatus]
@@ -108,6 +110,7 @@ def status(root: Path, name: str, worst: int = 10) -> Status:
         may_heal=sum(n for reason, n in reasons.items() if POLICY.get(reason, "final") != "final"),
         tried_per_hour=pace[0] if pace else None,
         eta_s=3600 * left / pace[0] if pace and pace[0] else None,
+        running=tables.is_locked(root / name),
         pausing_s=max(pause.get("until", 0) - time.time(), 0.0),
         pausing_why=pause.get("why", ""),
         splits=splits,

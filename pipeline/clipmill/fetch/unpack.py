@@ -12,7 +12,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from lzma import LZMAError
@@ -66,6 +66,7 @@ def unpack(
     *,
     max_bytes: int | None = None,
     note: dict[str, Any] | None = None,
+    check: Callable[[Path], object] = lambda folder: None,
     watch: Watch = QUIET,
 ) -> Path:
     """Unpack `archive` as the folder `dest`, in the place of what was there.
@@ -73,7 +74,8 @@ def unpack(
     It is unpacked beside `dest` and renamed at the end, so `dest` is whole or untouched;
     what a killed run left is removed by the next. `max_bytes`: the most that may come out
     (a hundred times the archive's own size, where None). `note` is kept in `dest` as
-    `NOTE_FILE`. Members that only a Mac's Finder wants are left out.
+    `NOTE_FILE`. `check` is given the whole of it before it takes its place, and raises what
+    is wrong with it. Members that only a Mac's Finder wants are left out.
 
     Raises:
         FetchError: the archive is damaged, encrypted, no zip or tar, or does what none should.
@@ -93,6 +95,7 @@ def unpack(
             taken(file, fresh, _Budget(MAX_MEMBERS, most, most), watch)
             if not any(fresh.iterdir()):
                 raise FetchError("holds no files")
+        check(fresh)
         tables.write_json(fresh / NOTE_FILE, note or {})
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -118,6 +121,9 @@ def _told(archive: Path) -> Iterator[None]:
         LZMAError,
         EOFError,
         NotImplementedError,
+        RecursionError,
+        ValueError,
+        OverflowError,
     ) as error:
         why = (str(error) or "it ends too soon").splitlines()[0].rstrip(":")
         raise FetchError(
@@ -138,6 +144,8 @@ class _Header(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             cls.ended = True
             raise
+        if made.size < 0:
+            raise FetchError(f"holds a member of {made.size} bytes")
         if made.size > _MAX_HEADER_BYTES and made.type in _READ_WHOLE:
             raise FetchError(f"holds a header of {made.size} bytes")
         return made
@@ -149,6 +157,8 @@ def _tar(file: IO[bytes], into: Path, budget: _Budget, watch: Watch) -> None:
     with tarfile.open(fileobj=file, mode="r:*", tarinfo=header) as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+            if member.size < 0 or member.issparse():  # a size can be told anew by an extended header
+                raise FetchError(f"{member.name!r} is sparse, or of negative size")
             budget.take(member.size, members=1)
             path = _place(member.name)
             if path is None:
