@@ -13,7 +13,7 @@ import pytest
 
 from clipmill import tables
 from clipmill.errors import FetchError
-from clipmill.fetch.ledger import Ledger
+from clipmill.fetch.ledger import Ledger, Outcome
 from clipmill.fetch.options import SegmentOptions
 from clipmill.fetch.segments import Places, RefusedError, fetch_segments
 from misbehaving import Fine, Misbehaving, Status
@@ -140,8 +140,20 @@ def test_an_address_where_nothing_is_burns_no_list(server, tmp_path):
     assert "not one of the first 24 clips is there (unavailable: " in str(fetch.error)
     assert "Is --url-template right" in str(fetch.error)
     assert fetch.counts == {"had": 0, "failed": 0, "skipped": 0}
+    server.behave(None, Status(503))
+    assert Fetch(server, tmp_path, 11, retries=0).counts["failed"] == 11
     server.behave(None, Fine())
     assert Fetch(server, tmp_path, 60).counts["had"] == 60
+
+
+def test_clips_that_were_lost_before_may_all_be_gone(server, tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite", write=True) as ledger:
+        for n in range(40):
+            ledger.record(Outcome(f"-clip_{n:05d}_1000", "network", "so"), "eval")
+    server.behave(None, Status(404))
+    fetch = Fetch(server, tmp_path, 40)
+    assert fetch.error is None
+    assert set(fetch.reasons.values()) == {"unavailable"}
 
 
 def test_a_pause_holds_for_the_next_run_that_asks_alike(server, tmp_path):

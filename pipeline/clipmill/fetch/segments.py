@@ -162,6 +162,7 @@ class _Fleet:
         )  # times that it looked as if the clip itself, and not everything, failed
         self._answers: dict[int, Outcome] = {}  # the last answer of each clip that was put last
         self._not_there: list[int] | None = []  # the first clips, as long as none of them was there
+        self._lost_before = frozenset(ledger.lost_keys())
         self._had = self._failed = 0
 
     def run(self) -> None:
@@ -265,7 +266,9 @@ class _Fleet:
         Raises:
             FetchError: they are; and none of them is marked as failed.
         """
-        if self._not_there is None or answer.reason not in NOWHERE or self._options.retry:
+        if self._not_there is None or answer.key in self._lost_before:
+            return  # what was lost before may well be gone, all of it
+        if answer.reason not in NOWHERE:
             self._not_there = None
             return
         self._not_there.append(row)
