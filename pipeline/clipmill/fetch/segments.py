@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 import shutil
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from clipmill.errors import FetchError
 from clipmill.fetch.governor import LONGEST_RETRY_AFTER_S, Budget, Governor
 from clipmill.fetch.ledger import Ledger, Outcome
 from clipmill.fetch.options import SegmentOptions
+from clipmill.fetch.queue import Queue
 from clipmill.fetch.reasons import POLICY
 from clipmill.fetch.segment import Ask, fetch_segment
 from clipmill.run import Crew, Lost
@@ -84,42 +84,6 @@ def fetch_segments(
         shutil.rmtree(places.parts, ignore_errors=True)
 
 
-class _Queue:
-    """Rows of a table to be asked for: first those whose time has come again, then fresh ones, then those put last."""
-
-    def __init__(self, rows: int) -> None:
-        self._rows, self._fresh = rows, 0
-        self._again: list[tuple[float, int]] = []
-        self._last: deque[int] = deque()
-
-    def __len__(self) -> int:
-        return self._rows - self._fresh + len(self._again) + len(self._last)
-
-    def put(self, row: int, at: float) -> None:
-        heapq.heappush(self._again, (at, row))
-
-    def put_last(self, row: int) -> None:
-        self._last.append(row)
-
-    def wait_s(self, now: float) -> float:
-        """Seconds until `pop` has something."""
-        if self._fresh < self._rows or self._last:
-            return 0.0
-        return self._again[0][0] - now if self._again else float("inf")
-
-    def pop(self, now: float) -> int | None:
-        if self._again and self._again[0][0] <= now:
-            return heapq.heappop(self._again)[1]
-        if self._fresh < self._rows:
-            self._fresh += 1
-            return self._fresh - 1
-        return self._last.popleft() if self._last else None
-
-    def tried(self) -> list[int] | None:
-        """All rows that wait, where none of them is fresh."""
-        return None if self._fresh < self._rows else [*self._last, *(row for _, row in self._again)]
-
-
 @dataclass(frozen=True)
 class _Asked:
     """A clip that is being asked for: its row, since when, and from which address."""
@@ -143,7 +107,7 @@ class _Fleet:
     ) -> None:
         self._todo, self._ledger, self._places, self._options = todo, ledger, places, options
         self._update, self._say = update, say
-        self._queue = _Queue(todo.num_rows)
+        self._queue = Queue(todo.num_rows)
         self._budget = Budget(options.per_hour)
         streak = max(12, 3 * options.jobs)
         self._governors = [
