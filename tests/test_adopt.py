@@ -17,15 +17,17 @@ from hypothesis import strategies as st
 
 from clipmill import tables
 from clipmill.audio.media import encode_media
-from clipmill.errors import FetchError
+from clipmill.errors import DecodeError, FetchError
 from clipmill.fetch.adopt import Adoption, adopt, adopt_media
 from clipmill.fetch.fetched import known
 from clipmill.fetch.find import find_media
 from clipmill.fetch.ledger import Ledger, Outcome
 from clipmill.fetch.options import SegmentOptions
+from clipmill.fetch.recheck import gone
 from clipmill.fetch.watch import Watch
 from clipmill.shards.job import make_shards
 from clipmill.shards.plan import ShardSpec
+from clipmill.sources import opened
 from conftest import sound
 from test_sources import flac, make_parquet, make_tar
 
@@ -383,7 +385,8 @@ def test_many_clips_are_adopted_in_batches_each_once(tmp_path):
     )
     rows = {row["group"]: row["source"] for row in manifest.to_pylist()}
     assert rows == {
-        video: f"{tmp_path}/copy/0.parquet#row={n}&column=audio" for n, video in enumerate(videos)
+        video: f"{tmp_path}/copy/0.parquet#row={n}&column=audio&bytes={len(sounds[video])}"
+        for n, video in enumerate(videos)
     }
 
 
@@ -418,6 +421,33 @@ def test_what_another_fetch_had_is_taken_by_its_ledger_to_the_sample(tmp_path):
 def write_wave(path: Path, wave: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, wave, RATE)
+
+
+def test_a_fetch_whose_media_are_gone_gives_way_to_files(tmp_path):
+    other = tmp_path / "copied"
+    other.mkdir()
+    tables.write_json(other / "fetch.json", {"media_root": "media"})
+    with Ledger(other / "ledger.sqlite", write=True) as ledger:
+        ledger.record(Outcome(f"{ID}_30000", source="ab/x.wav", start_s=0.25, end_s=10.25), "train")
+    write(tmp_path / "files" / f"{ID}.wav", 10.0)
+    manifest, _ = adopted(tmp_path, wanted((ID, 30.0, 40.0)), other, tmp_path / "files")
+    assert manifest["source"].to_pylist() == [f"{tmp_path}/files/{ID}.wav"]
+
+
+def test_a_parquet_file_that_was_packed_anew_is_noticed(tmp_path):
+    sounds = {ID: flac(0.3, seed=1, rate=RATE), OTHER: flac(0.3, seed=2, rate=RATE)}
+    assert len(sounds[ID]) != len(sounds[OTHER])
+    (tmp_path / "copy").mkdir()
+    path = tmp_path / "copy/0.parquet"
+    make_parquet(path, sounds)
+    manifest, _ = adopted(tmp_path, wanted((ID, 1.0, 1.3), (OTHER, 1.0, 1.3)), tmp_path / "copy")
+    make_parquet(path, dict(reversed(sounds.items())))
+    assert gone(tmp_path, manifest, 1) == sorted(manifest["key"].to_pylist())
+    with (
+        pytest.raises(DecodeError, match="fetch again with --recheck"),
+        opened(tmp_path, manifest["source"][0].as_py()),
+    ):
+        pass
 
 
 def test_a_source_that_hangs_its_worker_costs_itself_alone(tmp_path):

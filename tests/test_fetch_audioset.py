@@ -264,6 +264,9 @@ def test_a_dry_run_says_clips_hours_and_disk_and_asks_for_nothing(server, fetch,
     fetch(ids(30), "--limit", "10")
     plan = json.loads(fetch(ids(30), "--dry-run", "--json").stdout)
     assert (plan["wanted"], plan["had"], plan["ask"]) == (30, 10, 20)
+    fetch(ids(30), "--limit", "2")  # what is not wanted for now is remembered
+    plan = json.loads(fetch(ids(30), "--dry-run", "--json").stdout)
+    assert (plan["wanted"], plan["had"], plan["ask"]) == (30, 10, 20)
 
 
 def test_splits_add_up_and_asking_again_for_one_replaces_it(server, fetch, tmp_path):
@@ -360,6 +363,7 @@ def test_a_lock_names_the_clips_and_another_lab_takes_just_those(server, fetch, 
     server.behave(f"{videos[2]}.webm", Status(404))
     server.behave(f"{videos[3]}.webm", Body(webm(12.0, 24_000)))  # the same video, encoded anew
     done = fetch(videos, "--split", "eval", "--lock", first, root=theirs)
+    assert "5 clips = 3 the same + 1 of other content + 1 not here" in done.stderr
     assert "the lock names 5 clips; 5 of them stand in the lists asked for" in done.stderr
     assert "5 in = 4 had + 1 failed" in done.stderr
     assert run("lock", "audioset", "--out", second, "--root", theirs).returncode == 0
@@ -435,6 +439,51 @@ def test_the_same_clips_as_another_split_are_counted_as_that(fetch, run, tmp_pat
     fetch(ids(3), "--split", "eval")
     told = json.loads(run("fetch", "audioset", "--status", "--json", "--root", tmp_path / "data").stdout)
     assert [(s["split"], s["wanted"], s["had"]) for s in told["splits"]] == [("eval", 3, 3)]
+
+
+def test_retry_and_recheck_want_what_was_wanted_last(server, fetch, run, tmp_path):
+    videos = ids(6)
+    server.behave(f"{videos[0]}.webm", Status(404))
+    fetch(videos, "--limit", "4", "--split", "eval")
+    server.behave(f"{videos[0]}.webm", Body(webm()))
+    template = ("--url-template", server.template)
+    done = run("fetch", "audioset", "--retry", "unavailable", "--root", tmp_path / "data", *template)
+    assert done.returncode == 0, done.stderr
+    assert "4 in = 4 had + 0 failed + 0 skipped" in done.stderr
+    assert run("fetch", "audioset", "--recheck", "--root", tmp_path / "data", *template).returncode == 0
+
+
+def test_a_fetch_killed_while_it_lists_leaves_the_account_and_the_folder_its_own(fetch, run, tmp_path):
+    fetch(ids(3))
+    facts = tmp_path / "data/audioset/fetch.json"
+    said = json.loads(facts.read_text())
+    facts.write_text(json.dumps(said | {"request": None}))  # as it stands between two lists
+    (tmp_path / "data/audioset/manifest.parquet").unlink()
+    (tmp_path / "mine").mkdir()
+    soundfile.write(tmp_path / "mine/a.wav", sound(0.5, 8000), 8000)
+    other = run(
+        "fetch", "folder", "--name", "audioset", "--from", tmp_path / "mine", "--root", tmp_path / "data"
+    )
+    assert other.returncode == 2
+    assert "3 in = 3 had" in fetch(ids(3)).stderr
+
+
+def test_lists_of_one_name_are_told_apart_and_one_list_twice_is_refused(fetch, tmp_path):
+    lists = []
+    for seed, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        lists.append(write_list(tmp_path / folder / "my.csv", ids(3, seed=seed)))
+        lists[-1].write_text(lists[-1].read_text().replace("num_segs=3", "num_segs=4") + "nothing\n")
+    done = fetch(lists[0], "--list", lists[1], "--skip-bad-rows")
+    assert "8 in = 6 had + 0 failed + 2 skipped" in done.stderr, done.stderr
+    done = fetch(lists[0], "--list", lists[0], "--skip-bad-rows")
+    assert done.returncode == 2
+    assert "the same file is given twice" in done.stderr
+
+
+def test_many_labels_are_no_path(fetch):
+    done = fetch(ids(2), "--labels", ",".join(["Dog", "Speech", "Male speech, man speaking"] * 12))
+    assert done.returncode == 0, done.stderr
 
 
 def test_another_dataset_of_that_name_is_never_mixed_with_it(fetch, run, tmp_path):

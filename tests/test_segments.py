@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,7 @@ def test_a_ban_stops_the_fetch_with_75_and_marks_nothing_as_failed(server, tmp_p
     assert isinstance(fetch.error, RefusedError)
     assert fetch.error.exit_code == 75
     assert "stopped after 2 pauses with no answer in between: rate-limited" in str(fetch.error)
-    assert "40 are left, and none of those is marked as failed" in str(fetch.error)
+    assert "40 are left, and are not marked as failed for this" in str(fetch.error)
     assert fetch.counts == {"had": 0, "failed": 0, "skipped": 0}
     assert len(server.requests) <= 3 * 4 * 2  # the list was not burned: three rounds of at most four workers
 
@@ -114,6 +113,46 @@ def test_a_clip_that_alone_is_refused_ends_as_its_own_failure(server, tmp_path):
     assert fetch.counts["had"] == 5
     assert fetch.reasons == {"-clip_00001": "rate-limited"}
     assert fetch.error is None
+
+
+def test_several_clips_that_alone_are_refused_end_as_their_own_failures(server, tmp_path):
+    for n in (1, 3, 5):
+        server.behave(f"-clip_{n:05d}.webm", Status(429))
+    fetch = Fetch(server, tmp_path, 10, jobs=1, pause=0.05, max_pauses=3)
+    assert fetch.error is None
+    assert fetch.counts["had"] == 7
+    assert set(fetch.reasons.values()) == {"rate-limited"}
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_many_clips_that_go_on_failing_end_as_failed_in_this_run_and_stay_so_in_the_next(
+    server, tmp_path, retries
+):
+    bad = {f"-clip_{n:05d}" for n in range(0, 45, 3)}
+    for video in bad:
+        server.behave(f"{video}.webm", Status(403))
+    first = Fetch(server, tmp_path, 45, retries=retries, pause=0.05, max_pauses=1)
+    assert first.error is None
+    assert (first.counts["had"], first.reasons) == (30, dict.fromkeys(bad, "forbidden"))
+    again = Fetch(server, tmp_path, 45, retries=retries, pause=0.05, max_pauses=1)
+    assert again.error is None
+    assert again.reasons == dict.fromkeys(bad, "forbidden")
+
+
+def test_a_dead_network_does_not_erase_what_was_known_of_earlier_losses(server, tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite", write=True) as ledger:
+        for n in range(20):
+            ledger.record(Outcome(f"-clip_{n:05d}_1000", "forbidden", "so"), "eval")
+    server.behave(None, Status(503))
+    fetch = Fetch(server, tmp_path, 20, pause=0.05, max_pauses=1, retries=0)
+    assert len(fetch.reasons) == 20
+
+
+def test_of_two_proxies_a_dead_one_loses_no_clips(server, tmp_path):
+    fetch = Fetch(
+        server, tmp_path, 40, retries=0, pause=0.05, max_pauses=0, proxy=("http://127.0.0.1:9", server.root)
+    )
+    assert fetch.counts["had"] >= 40 - 12
 
 
 def test_a_dead_network_burns_no_list_either(server, tmp_path):
@@ -140,10 +179,9 @@ def test_an_address_where_nothing_is_burns_no_list(server, tmp_path):
     assert "not one of the first 24 clips is there (unavailable: " in str(fetch.error)
     assert "Is --url-template right" in str(fetch.error)
     assert fetch.counts == {"had": 0, "failed": 0, "skipped": 0}
-    server.behave(None, Status(503))
-    assert Fetch(server, tmp_path, 11, retries=0).counts["failed"] == 11
+    assert Fetch(server, tmp_path, 30, believe_gone=True).counts["failed"] == 30
     server.behave(None, Fine())
-    assert Fetch(server, tmp_path, 60).counts["had"] == 60
+    assert Fetch(server, tmp_path, 60, retry=("all",)).counts["had"] == 60
 
 
 def test_clips_that_were_lost_before_may_all_be_gone(server, tmp_path):
@@ -158,14 +196,10 @@ def test_clips_that_were_lost_before_may_all_be_gone(server, tmp_path):
 
 def test_a_pause_holds_for_the_next_run_that_asks_alike(server, tmp_path):
     with Ledger(tmp_path / "ledger.sqlite", write=True) as ledger:
-        fleet = SegmentOptions(url_template=server.template, pause=0.3)
-        who = (fleet.url_template, fleet.proxy, "None", None)
-        pause = {
-            "until": time.time() + 2.0,
-            "why": "rate-limited: so",
-            "who": sha256(repr(who).encode()).hexdigest(),
-        }
-        ledger.set_state("pause", json.dumps(pause))
+        alike, other = (SegmentOptions(url_template=url).who(0) for url in (server.template, "http://x/{id}"))
+        pause = {"until": time.time() + 2.0, "why": "rate-limited: so"}
+        pauses = {alike: pause, other: {"until": time.time() + 3600, "why": "so"}}
+        ledger.set_state("pauses", json.dumps(pauses))
     fetch = Fetch(server, tmp_path, 3)
     assert fetch.said[0].startswith("still pausing, for ")
     assert min(request.at for request in server.requests) >= pause["until"] - 0.1

@@ -3,7 +3,8 @@
     dog/1.wav                               a file, relative to the dataset's media root
     /data/dog/1.wav                         a file anywhere
     /data/00.tar#bytes=1024+34567           34567 bytes from byte 1024 of a tar: one member's contents
-    /data/00.parquet#row=17&column=audio    one row (from 0) of a Parquet column of bytes
+    /data/00.parquet#row=17&column=audio    one row (from 0) of a Parquet column of bytes;
+                                            with &bytes=34567, only while it is that long
 
 A column is binary, or a struct whose field `bytes` is. A file that bears the whole of
 such a name is that file: what exists wins over what can be read into its name.
@@ -25,7 +26,7 @@ from clipmill.errors import DecodeError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_PART = re.compile(r"(.+)#(?:bytes=(\d+)\+(\d+)|row=(\d+)&column=([^#&]+))", re.DOTALL)
+_PART = re.compile(r"(.+)#(?:bytes=(\d+)\+(\d+)|row=(\d+)&column=([^#&]+?)(?:&bytes=(\d+))?)", re.DOTALL)
 _CACHE_BYTES = 256 << 20
 """Decoded row groups that a process keeps, beside the last: they are read whole, and clips come in any order."""
 
@@ -44,6 +45,12 @@ def row_parts(archive: str, rows: pa.Array, column: str) -> pa.Array:
 
     before, after = pa.scalar(f"{archive}#row="), pa.scalar(f"&column={column}")
     return pc.binary_join_element_wise(before, rows.cast(pa.string()), after, "")
+
+
+def sized(source: str, size: int | None) -> str:
+    """A source that will be refused when it has another size; tars tell by themselves."""
+    row = "#row=" in source and "&bytes=" not in source and size is not None
+    return f"{source}&bytes={size}" if row else source
 
 
 def in_place_order(sources: pa.ChunkedArray) -> pa.Array:
@@ -87,10 +94,10 @@ def opened(media_root: Path, source: str) -> Iterator[Path]:
 
 
 def is_there(media_root: Path, source: str, size: int | None) -> bool:
-    """Whether a source still is what it was, as far as a look without reading it tells.
+    """Whether a source still is what it was, as far as its size tells.
 
-    A file must have `size` bytes (None: any); a part of a tar, its header before it; of a
-    Parquet file, its row must exist.
+    A file must have `size` bytes (None: any); a part of a tar, its header before it; a row of
+    a Parquet file that many bytes, for which its row group is read.
     """
     part = _parsed(media_root, source)
     try:
@@ -104,7 +111,9 @@ def is_there(media_root: Path, source: str, size: int | None) -> bool:
                 file.seek(max(offset - tarfile.BLOCKSIZE, 0))
                 head = file.read(tarfile.BLOCKSIZE)
             return _header_length(head) == length and archive.stat().st_size >= offset + length
-        return int(match[4]) < (_row_ends(archive) or [0])[-1]
+        if size is None:
+            return int(match[4]) < (_row_ends(archive) or [0])[-1]
+        return len(_row(archive, int(match[4]), match[5])) == size
     except (OSError, DecodeError):
         return False
 
@@ -121,7 +130,12 @@ def _contents(archive: Path, part: re.Match[str]) -> memoryview:
     try:
         if part[2]:
             return _member(archive, int(part[2]), int(part[3]))
-        return _row(archive, int(part[4]), part[5])
+        value = _row(archive, int(part[4]), part[5])
+        if part[6] and len(value) != int(part[6]):
+            raise DecodeError(
+                "unreadable", f"{archive}: row {part[4]} has {len(value)} bytes, not {part[6]}: {_AGAIN}"
+            )
+        return value
     except FileNotFoundError:
         raise DecodeError("missing", f"{archive}: no such file") from None
     except OSError as error:

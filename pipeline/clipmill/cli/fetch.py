@@ -157,6 +157,8 @@ def _segment_flags(command: Any) -> Any:
         click.option("--allow-short", type=click.FloatRange(min=0), default=0.5, show_default=True,
                      help="Seconds by which a clip may be shorter than asked."),
         click.option("--keep-silent", is_flag=True, help="Keep clips of which every sample is zero."),
+        click.option("--believe-gone", is_flag=True,
+                     help="Go on where not one of the first clips is there, which looks like a wrong address."),
         click.option("--dry-run", is_flag=True, help="Say how many clips, hours and bytes it would be."),
         click.option("--status", "tell", is_flag=True, help="Say how far it has come, and end; also while it runs."),
         console.json_option,
@@ -205,7 +207,7 @@ def _fetch_segments(
     from clipmill.errors import FetchError
     from clipmill.fetch.foresee import foresee
     from clipmill.fetch.job import fetch
-    from clipmill.fetch.lock import read_lock
+    from clipmill.fetch.lock import compare, in_words, make_lock, read_lock
     from clipmill.fetch.options import SegmentOptions
     from clipmill.fetch.status import status
 
@@ -226,6 +228,8 @@ def _fetch_segments(
     except (FetchError, KeyboardInterrupt):
         _say_so_far(root, dataset.name, as_json)
         raise
+    if lock is not None and got.counts["had"]:
+        console.say(in_words(lock, compare(lock, make_lock(got)[0])))
     stands = status(root, dataset.name)
     if as_json:
         console.print_json(stands.as_json())

@@ -152,7 +152,7 @@ def _shard(
 def _account_for(lock: Any, got: Any, folder: Path, lost: set[str], jobs: int) -> None:
     """Say which clips of the lock the shards hold as it names them, and write it down beside them."""
     from clipmill import tables
-    from clipmill.fetch.lock import compare, make_lock
+    from clipmill.fetch.lock import compare, in_words, make_lock
 
     found = compare(lock, make_lock(got, jobs)[0].without(lost))
     account = {
@@ -164,7 +164,4 @@ def _account_for(lock: Any, got: Any, folder: Path, lost: set[str], jobs: int) -
         "absent": found.only_first,
     }
     tables.write_json(folder / "lock.json", account)
-    console.say(
-        f"lock {lock.id[:12]} as of {lock.as_of}: {len(lock)} clips = {found.same} the same + "
-        f"{len(found.other_content)} of other content + {len(found.only_first)} not here; which: {folder / 'lock.json'}"
-    )
+    console.say(f"{in_words(lock, found)}; which: {folder / 'lock.json'}")

@@ -144,12 +144,16 @@ class Audioset:
             | {"group": clips["ytid"], "source": pa.repeat("", rows)}
         )
         failures = [
-            Failure("", f"{path.name}:{row.line}", "fetch", "skipped", "bad-row", row.message)
+            Failure("", f"{self._said(path)}:{row.line}", "fetch", "skipped", "bad-row", row.message)
             for path, row in bad + twice
         ]
-        read = {Path(file).name for file, _ in self._wanted} | {path.name for path in self.lists}
+        read = {self._said(Path(file)) for file, _ in self._wanted} | set(map(self._said, self.lists))
         read |= set(_STRONG.values()) if self.strong else set()
         return Prepared(manifest, dest / "media", failures, tuple(sorted(read)))
+
+    def _said(self, path: Path) -> str:
+        """What a list is called in the account: its name, or its path where another one has that name."""
+        return path.name if [given.name for given in self.lists].count(path.name) < 2 else str(path)
 
     @property
     def _official_table(self) -> str:
@@ -161,6 +165,8 @@ class Audioset:
     @property
     def _wanted(self) -> list[tuple[str | Path, str]]:
         """The lists whose clips are wanted (an official name, or a path that was given), each with its split."""
+        if len({path.resolve() for path in self.lists}) < len(self.lists):
+            raise ConfigError("--list: the same file is given twice")
         for path in self.lists:
             if path.suffix not in (".csv", ".tsv"):
                 raise ConfigError(f"--list {path}: must end in .csv (segments) or .tsv (strong labels)")

@@ -20,7 +20,7 @@ from clipmill.fetch.options import SegmentOptions
 from clipmill.fetch.others import had_by_others
 from clipmill.fetch.watch import Watch
 from clipmill.run import Crew, Lost
-from clipmill.sources import in_place_order, opened
+from clipmill.sources import in_place_order, opened, sized
 
 LEDGER = "ledger"
 """The kind of a source that another fetch's ledger knows."""
@@ -107,12 +107,13 @@ def candidates(dirs: Sequence[Path], wanted: pa.Table) -> tuple[pa.Table, Found]
     """
     warnings: list[str] = []
     others = had_by_others(dirs, wanted, warnings)
-    rest = wanted.filter(pc.invert(pc.is_in(wanted["key"], others["key"].combine_chunks())))
-    found = find_media(dirs, rest)
+    found = find_media(dirs, wanted)
     found.warnings[:0] = warnings
+    later = pc.cast(pc.is_in(found.media["key"], others["key"].combine_chunks()), pa.int32())
+    media = found.media.set_column(3, "turn", pc.add(found.media["turn"], later))
     known = others.append_column("kind", pa.repeat(LEDGER, others.num_rows))
     known = known.append_column("turn", pa.repeat(pa.scalar(0, pa.int32()), others.num_rows))
-    return pa.concat_tables([known, found.media], promote_options="default"), found
+    return pa.concat_tables([known, media], promote_options="default"), found
 
 
 def adopt(job: Adoption, media_root: Path = Path("/")) -> Outcome:
@@ -133,7 +134,8 @@ def adopt(job: Adoption, media_root: Path = Path("/")) -> Outcome:
         return Outcome(job.key, error.reason, str(error), job.source)
     except (OSError, MemoryError) as error:  # it went while it was read, or fits in no memory
         return Outcome(job.key, "unreadable", str(error) or "needs more memory than there is", job.source)
-    return Outcome(job.key, "", "", job.source, size, checked.sha256, checked.duration_s, start_s, end_s)
+    source = sized(job.source, size)
+    return Outcome(job.key, "", "", source, size, checked.sha256, checked.duration_s, start_s, end_s)
 
 
 def _stretch(

@@ -26,7 +26,10 @@ _BYTES_A_SECOND = 16_000.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What a fetch would do: clips, hours at the rate given or seen (None: not known), bytes on disk (an estimate)."""
+    """What a fetch would do: clips, hours, bytes on disk (an estimate).
+
+    `per_hour` is the budget, or what the last run came to where that was less; None: not known.
+    """
 
     wanted: int
     had: int
@@ -59,18 +62,24 @@ def foresee(
         there = (folder / LEDGER_FILE).exists()
         with Ledger((folder if there else Path(scratch)) / LEDGER_FILE, write=not there) as ledger:
             had = ledger.columns("key", "bytes", outcome="had")
+            aside = pa.array(ledger.had_aside(), pa.string())
             pace, ask, adopt = ledger.pace(), to_ask(manifest, ledger, options.retry), 0
+            ask = ask.filter(pc.invert(pc.is_in(ask["key"], aside)))
             if options.from_dirs:
                 here = pc.unique(candidates(options.from_dirs, to_adopt(manifest, ledger))[0]["key"])
                 adopt, ask = len(here), ask.filter(pc.invert(pc.is_in(ask["key"], here)))
     seconds = pc.sum(pc.subtract(ask["end_s"], ask["start_s"])).as_py() or 0.0
     had_seconds = 10.0 * len(had["key"])
     each_s = sum(size or 0 for size in had["bytes"]) / had_seconds if had_seconds else _BYTES_A_SECOND
-    per_hour = options.per_hour or (pace[0] if pace else None)
+    paces = [rate for rate in (options.per_hour, pace[0] if pace else None) if rate]
+    per_hour = min(paces, default=None)
     asks = 0 if options.offline else ask.num_rows
     return Plan(
         wanted=manifest.num_rows,
-        had=int(pc.sum(pc.is_in(manifest["key"], pa.array(had["key"], pa.string()))).as_py() or 0),
+        had=pc.sum(
+            pc.is_in(manifest["key"], pa.array([*had["key"], *aside.to_pylist()], pa.string()))
+        ).as_py()
+        or 0,
         adopt=adopt,
         ask=asks,
         per_hour=per_hour,

@@ -55,10 +55,10 @@ def fetch(
     try:
         with tables.locked(folder):
             must_be_of(kind, dataset, root, name)
-            archives.provide(dataset, folder, watch)
             if getattr(dataset, "by_segment", False):
                 _by_segment(kind, dataset, folder, options or SegmentOptions(), lock, watch)
             else:
+                archives.provide(dataset, folder, watch)
                 _at_once(kind, dataset, folder)
     except BaseException:
         if new and folder.is_dir() and not any(folder.iterdir()):
@@ -105,9 +105,13 @@ def _by_segment(
     kind: str, dataset: Dataset, folder: Path, options: SegmentOptions, lock: Lock | None, watch: Watch
 ) -> None:
     """Write the tables before the first clip is asked for: the ledger then fills while the manifest stands."""
-    request = _request(dataset, folder, lock)
-    # Two million rows take a while to be listed: not again for the same request.
-    prepared = None if _is_last(request, folder) else dataset.prepare(folder)
+    if _as_it_is(dataset, folder, options, lock):
+        prepared, request = None, ""
+    else:
+        archives.provide(dataset, folder, watch)
+        request = _request(dataset, folder, lock)
+        # Two million rows take a while to be listed: not again for the same request.
+        prepared = None if _is_last(request, folder) else dataset.prepare(folder)
     places = Places((folder / MEDIA_FOLDER).resolve(), folder / ".parts")
     places.media.mkdir(exist_ok=True)
     with Ledger(folder / LEDGER_FILE, write=True) as ledger:
@@ -115,12 +119,13 @@ def _by_segment(
             manifest = tables.read_table(folder / MANIFEST_FILE, tables.MANIFEST)
         else:
             manifest = wanted(folder, prepared, lock, watch.say)
-            (folder / FETCH_FILE).unlink(missing_ok=True)  # it vouches for what changes now
+            # Killed from here on, the next run lists anew; whose the folder is stays known.
+            _vouch(kind, dataset, folder, places.media, by_segment=True)
             tables.write_table(folder / MANIFEST_FILE, manifest)
             clips = (manifest[column].to_pylist for column in ("key", "split"))
             ledger.scope(lambda: zip(*(values() for values in clips), strict=True), _name_of(manifest))
             ledger.passed_over(prepared.failures, prepared.lists)
-            _vouch(kind, dataset, folder, places.media, request)
+            _vouch(kind, dataset, folder, places.media, by_segment=True, request=request)
         if options.recheck:
             forget_gone(manifest, ledger, places.media, options.jobs, watch)
         if options.from_dirs:
@@ -131,28 +136,41 @@ def _by_segment(
             fetch_segments(todo, ledger, places, options, watch.update, watch.say)
 
 
+def _as_it_is(dataset: Dataset, folder: Path, options: SegmentOptions, lock: Lock | None) -> bool:
+    """Whether the clips wanted stay those of the last request: --retry and --recheck name none of their own."""
+    chosen = [f for f in fields(dataset) if f.name not in ("called", "strong")]  # type: ignore[arg-type]
+    bare = all(getattr(dataset, f.name) == f.default for f in chosen)
+    return bare and lock is None and bool(options.retry or options.recheck) and _is_whole(folder)
+
+
 def _is_last(request: str, folder: Path) -> bool:
-    path = folder / FETCH_FILE
-    return path.exists() and tables.read_json(path).get("request") == request
+    return _is_whole(folder) and tables.read_json(folder / FETCH_FILE).get("request") == request
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (FETCH_FILE, MANIFEST_FILE, LEDGER_FILE))
 
 
 def _request(dataset: Dataset, folder: Path, lock: Lock | None) -> str:
     """A hash of all that decides which clips are wanted: the options, and the lists by their size and time."""
-    options = _options(dataset)
-    named = [value for value in options.values() if value]
-    paths = [
-        Path(one)
-        for value in named
-        for one in (value if isinstance(value, list) else [value])
-        if isinstance(one, str)
-    ]
-    paths += [folder / archives.DOWNLOADS_FOLDER / remote.file for remote in getattr(dataset, "needs", ())]
-    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(set(paths)) if p.is_file()]
-    said = [__version__, options, files, lock.id if lock else None]
+    values = [getattr(dataset, f.name) for f in fields(dataset)]  # type: ignore[arg-type]
+    named = [one for value in values for one in (value if isinstance(value, tuple) else (value,))]
+    paths = {path.resolve() for path in named if isinstance(path, Path)}
+    paths |= {folder / archives.DOWNLOADS_FOLDER / remote.file for remote in getattr(dataset, "needs", ())}
+    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(paths) if p.is_file()]
+    said = [__version__, _options(dataset), files, lock.id if lock else None]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def _vouch(kind: str, dataset: Dataset, folder: Path, media_root: Path, request: str | None = None) -> None:
+def _vouch(
+    kind: str,
+    dataset: Dataset,
+    folder: Path,
+    media_root: Path,
+    *,
+    by_segment: bool = False,
+    request: str | None = None,
+) -> None:
     about = {k: v for k, v in facts(kind).items() if isinstance(v, str)}
     inside = media_root.resolve().is_relative_to(folder.resolve())
     tables.write_json(
@@ -164,7 +182,7 @@ def _vouch(kind: str, dataset: Dataset, folder: Path, media_root: Path, request:
             # Within the dataset's own folder it moves along with it.
             "media_root": os.path.relpath(media_root, folder) if inside else str(media_root.resolve()),
             "about": about,
-            "by_segment": request is not None,
+            "by_segment": by_segment,
             "request": request,
             "clipmill": __version__,
         },

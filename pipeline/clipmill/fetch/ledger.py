@@ -243,6 +243,10 @@ class Ledger:
             )
         ]
 
+    def had_aside(self) -> list[str]:
+        """The keys of clips that were had, and are not among those wanted now."""
+        return [key for (key,) in self._all("SELECT key FROM set_aside WHERE outcome = 'had'")]
+
     def counts(self) -> dict[str, int]:
         """How many clips came to each outcome."""
         query = "SELECT outcome, SUM(clips) FROM counts GROUP BY outcome"

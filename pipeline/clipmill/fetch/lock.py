@@ -230,6 +230,14 @@ def compare(first: Lock, second: Lock) -> Difference:
     )
 
 
+def in_words(lock: Lock, found: Difference) -> str:
+    """How far what is here (the second of `found`) is what a lock (its first) names."""
+    return (
+        f"lock {lock.id[:12]} as of {lock.as_of}: {len(lock)} clips = {found.same} the same + "
+        f"{len(found.other_content)} of other content + {len(found.only_first)} not here"
+    )
+
+
 def _lines(table: pa.Table) -> bytes:
     """The clips as CSV without a head; no field needs quoting."""
     rows = pc.binary_join_element_wise(table["key"], table["split"], table["sha256"], ",").combine_chunks()

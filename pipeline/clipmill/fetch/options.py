@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ class SegmentOptions:
     `rate` is in clips an hour over all workers (None: YouTube's 300, no limit elsewhere; 0: no
     limit). `timeout` and `pause` are in seconds. `retry`: redo the failures of these reasons
     alone. `from_dirs`: media already here, adopted first; with `offline` nothing else is. `recheck`:
-    look first whether the media that were had are still there.
+    look first whether the media that were had are still there. `believe_gone`: go on where not
+    one of the first clips is there.
     """
 
     url_template: str = YOUTUBE
@@ -44,6 +46,7 @@ class SegmentOptions:
     from_dirs: tuple[Path, ...] = ()
     offline: bool = False
     recheck: bool = False
+    believe_gone: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be.
@@ -82,6 +85,13 @@ class SegmentOptions:
                 YOUTUBE_PER_HOUR if re.search(r"(^|\.)(youtube(-nocookie)?\.com|youtu\.be)$", host) else None
             )
         return self.rate or None
+
+    def who(self, number: int) -> str:
+        """A hash of whom the site takes us for, through the proxy of that number: address, proxy and cookies."""
+        cookies = (str(self.cookies), self.cookies.stat().st_mtime_ns) if self.cookies else None
+        proxy = self.proxy[number] if self.proxy else None
+        said = (self.url_template, proxy, cookies, self.cookies_from_browser)
+        return hashlib.sha256(repr(said).encode()).hexdigest()
 
     def url(self, video: str) -> str:
         """The page of one video."""

@@ -6,8 +6,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,19 +114,18 @@ class _Fleet:
             Governor(options.pause, options.max_pauses, streak) for _ in options.proxy or ("",)
         ]
         self._turn = 0
-        who = (options.url_template, options.proxy, str(options.cookies), options.cookies_from_browser)
-        self._who = hashlib.sha256(repr(who).encode()).hexdigest()
         self._asked: dict[str, _Asked] = {}
         self._tries: Counter[int] = Counter()
-        self._doubtful: set[int] = (
-            set()
-        )  # recorded as failed, for what may be nobody's fault, since the last good answer
-        self._own: Counter[int] = (
-            Counter()
-        )  # times that it looked as if the clip itself, and not everything, failed
-        self._answers: dict[int, Outcome] = {}  # the last answer of each clip that was put last
-        self._not_there: list[int] | None = []  # the first clips, as long as none of them was there
         self._lost_before = frozenset(ledger.lost_keys())
+        self._epoch = 0  # answers so far
+        # Of each clip that failed for what may be everybody's trouble: in which epochs, and how at last.
+        self._epochs: dict[int, set[int]] = defaultdict(set)
+        self._answers: dict[int, Outcome] = {}
+        # Recorded as failed for such a reason, since the address that it was asked from last had an answer.
+        self._doubtful: dict[int, Governor] = {}
+        # The first clips, as long as not one of them was there.
+        watchful = not options.believe_gone and not ledger.counts()["had"]
+        self._not_there: list[int] | None = [] if watchful else None
         self._had = self._failed = 0
 
     def run(self) -> None:
@@ -142,21 +141,25 @@ class _Fleet:
                     self._show()
                     for ask, answer in crew.results(self._patience_s(crew)):
                         self._take(self._asked.pop(ask.key), ask.key, answer)
-                    if all(governor.exhausted for governor in self._governors):
-                        self._give_up(crew)
-                        return
+                    if not crew.in_flight and all(governor.exhausted for governor in self._governors):
+                        self._give_up()
+                        break
+            self._ledger.set_state("pauses", "{}")
         finally:
             self._show()
             self._ledger.tick(began, self._had + self._failed, self._had)
 
     def _keep_pausing(self) -> None:
         """A pause that the run before was in still holds for who asks alike: "in two hours" was meant."""
-        pause = json.loads(self._ledger.state("pause") or "{}")
-        left_s = min(pause.get("until", 0.0) - time.time(), LONGEST_RETRY_AFTER_S)
-        if left_s > 0 and len(self._governors) == 1 and pause.get("who") == self._who:
-            self._governors[0].paused_until = time.monotonic() + left_s
-            self._governors[0].why = pause["why"]
-            self._say(f"still pausing, for {left_s:.0f} s, as the last run was: {pause['why']}")
+        pauses = json.loads(self._ledger.state("pauses") or "{}")
+        kept = {who: pause for who, pause in pauses.items() if pause["until"] > time.time()}
+        now_asking = [self._options.who(number) for number in range(len(self._governors))]
+        for who, governor in zip(now_asking, self._governors, strict=True):
+            if who in kept:
+                left_s = min(kept[who]["until"] - time.time(), LONGEST_RETRY_AFTER_S)
+                governor.paused_until, governor.why = time.monotonic() + left_s, kept[who]["why"]
+                self._say(f"still pausing, for {left_s:.0f} s, as the last run was: {governor.why}")
+        self._ledger.set_state("pauses", json.dumps({who: kept[who] for who in now_asking if who in kept}))
 
     # --- asking
 
@@ -201,7 +204,7 @@ class _Fleet:
 
     def _patience_s(self, crew: Crew[Ask]) -> float:
         """How long to wait for answers before there may be something else to do."""
-        if not crew.free:
+        if not crew.free or all(governor.exhausted for governor in self._governors):
             return 1.0
         now = time.monotonic()
         pause_s = min((g.wait_s(now) for g in self._governors if not g.exhausted), default=0.0)
@@ -220,15 +223,16 @@ class _Fleet:
             self._stumbled(asked, answer)
         else:
             asked.governor.answered(asked.at)
-            self._doubtful.clear()
+            self._epoch += 1
+            self._doubtful = {row: g for row, g in self._doubtful.items() if g is not asked.governor}
             self._record(asked.row, answer)
             self._nowhere(asked.row, answer)
 
     def _nowhere(self, row: int, answer: Outcome) -> None:
-        """Where not one clip is had and the first many are not there, it is the address that is wrong, not the clips.
+        """Where nothing was ever had and the first many clips are not there, it is the address that is wrong.
 
         Raises:
-            FetchError: they are; and none of them is marked as failed.
+            FetchError: it is; none of them is marked as failed.
         """
         if self._not_there is None or answer.key in self._lost_before:
             return  # what was lost before may well be gone, all of it
@@ -237,31 +241,31 @@ class _Fleet:
             return
         self._not_there.append(row)
         if len(self._not_there) == _NOWHERE_CLIPS:
-            self._ledger.forget(self._todo["key"][r].as_py() for r in self._not_there)
-            self._failed -= len(self._not_there)
+            self._forget(self._not_there)
             raise FetchError(
                 f"not one of the first {_NOWHERE_CLIPS} clips is there ({answer.reason}: {answer.message}); "
                 "they are not marked as failed. Is --url-template right, and does nothing stand in between, "
-                "such as a login page?"
+                "such as a login page? Where they are gone indeed, --believe-gone goes on"
             )
 
     def _refused(self, asked: _Asked, answer: Outcome) -> None:
         """A bot check, or 429: the fleet pauses, and the clip is asked for again when others have been."""
         now, governor = time.monotonic(), asked.governor
-        first = governor.pauses == 0
         news = governor.refused(f"{answer.reason}: {answer.message}", asked.at, now, answer.retry_after_s)
-        self._put_last(asked.row, answer, news and first)
+        self._remember(asked.row, answer)
+        self._queue.put_last(asked.row)
         if news:
             self._say_pause(governor, now)
 
     def _stumbled(self, asked: _Asked, answer: Outcome) -> None:
         """A failure that another try may heal, or that may be everybody's."""
         now, governor, row = time.monotonic(), asked.governor, asked.row
-        if answer.reason in SUSPECT:
-            self._answers[row] = answer
+        self._remember(row, answer)
+        suspect = answer.reason in SUSPECT and answer.key not in self._lost_before
+        if suspect:
             reasons = {self._answers[other].reason for other in (*governor.in_a_row, row)}
             if governor.failed(row, f"{answer.reason}: {answer.message}", asked.at, now):
-                self._put_last(row, answer, True)
+                self._queue.put_last(row)
                 self._take_back()
                 if reasons == {"tool-error"}:
                     raise FetchError(_TOOLS_FAIL.format(answer.message))  # waiting mends no tool
@@ -271,36 +275,44 @@ class _Fleet:
         if self._tries[row] <= self._options.retries:
             self._queue.put(row, now + min(2.0 ** self._tries[row], _LONGEST_BACKOFF_S))
             return
-        if answer.reason in SUSPECT:
-            self._doubtful.add(row)
+        if suspect:
+            self._doubtful[row] = governor
         self._record(row, answer)
+
+    def _remember(self, row: int, answer: Outcome) -> None:
+        self._epochs[row].add(self._epoch)
+        self._answers[row] = answer
 
     def _take_back(self) -> None:
         """Undo what was recorded of clips that failed while everything did: they will be asked for again."""
-        self._ledger.forget(self._todo["key"][row].as_py() for row in self._doubtful)
-        self._failed -= len(self._doubtful)
+        self._forget(self._doubtful)
         for row in self._doubtful:
             self._tries[row] = 0
-            self._put_last(row, self._answers[row], True)
+            self._queue.put_last(row)
         self._doubtful.clear()
 
-    def _put_last(self, row: int, answer: Outcome, own: bool) -> None:
-        self._queue.put_last(row)
-        self._answers[row] = answer
-        self._own[row] += own
+    def _forget(self, rows: Collection[int]) -> None:
+        self._ledger.forget(self._todo["key"][row].as_py() for row in rows)
+        self._failed -= len(rows)
 
-    def _give_up(self, crew: Crew[Ask]) -> None:
-        """The last pause is over: what is left is everybody's trouble, unless it is just the clips that failed before.
+    def _give_up(self) -> None:
+        """The last pause is over: what is left is everybody's trouble, unless it is just clips that fail by themselves.
 
         Raises:
             RefusedError: it is everybody's.
         """
         self._take_back()
         rows = self._queue.tried()
-        if rows is None or crew.in_flight or any(self._own[row] < 2 for row in rows):
+        if rows is None or not all(map(self._fails_by_itself, rows)):
             raise RefusedError(self._refusal())
         for row in rows:
             self._record(row, self._answers[row])
+
+    def _fails_by_itself(self, row: int) -> bool:
+        """Whether others were answered between two failures of a clip; a failure that heals is believed sooner."""
+        answer = self._answers[row]
+        heals = POLICY.get(answer.reason) != "fleet" and (self._had > 0 or answer.key in self._lost_before)
+        return len(self._epochs[row]) > 1 or heals
 
     def _record(self, row: int, answer: Outcome) -> None:
         self._ledger.record(answer, self._todo["split"][row].as_py())
@@ -326,8 +338,10 @@ class _Fleet:
         which = f"pause {governor.pauses} of {governor.max_pauses}"
         text = f"{who} for {governor.wait_s(now):.0f} s ({which}): {governor.why}"
         self._say(text)
+        pauses = json.loads(self._ledger.state("pauses") or "{}")
         until = time.time() + governor.wait_s(now)
-        self._ledger.set_state("pause", json.dumps({"until": until, "why": governor.why, "who": self._who}))
+        pauses[self._options.who(number - 1)] = {"until": until, "why": governor.why}
+        self._ledger.set_state("pauses", json.dumps(pauses))
 
     def _refusal(self) -> str:
         left = self._todo.num_rows - self._had - self._failed
@@ -335,6 +349,6 @@ class _Fleet:
         banned = any(POLICY.get(governor.why.partition(":")[0]) == "fleet" for governor in self._governors)
         return (
             f"stopped after {self._options.max_pauses} pauses with no answer in between: {whys}. "
-            f"{self._had} clips were had in this run, {left} are left, and none of those is marked as failed. "
+            f"{self._had} clips were had in this run; {left} are left, and are not marked as failed for this. "
             f"{_WHEN_BANNED if banned else _WHEN_BROKEN}"
         )

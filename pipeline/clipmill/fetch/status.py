@@ -87,7 +87,7 @@ def status(root: Path, name: str, worst: int = 10) -> Status:
     manifest = _columns(root / name / MANIFEST_FILE, "split")
     wanted = {row["values"]: row["counts"] for row in pc.value_counts(manifest["split"]).to_pylist()}
     with Ledger(root / name / LEDGER_FILE) as ledger:
-        tally, pace, pause = ledger.tally(), ledger.pace(), json.loads(ledger.state("pause") or "{}")
+        tally, pace, pauses = ledger.tally(), ledger.pace(), json.loads(ledger.state("pauses") or "{}")
         lost = pa.array(ledger.lost_keys(), pa.string())
     by_split: Counter[tuple[str, str]] = Counter()
     reasons: Counter[str] = Counter()
@@ -95,6 +95,9 @@ def status(root: Path, name: str, worst: int = 10) -> Status:
         by_split[split, outcome] += clips
         if reason:
             reasons[reason] += clips
+    # Of several addresses, the first that will ask again.
+    pause: dict[str, Any] = {"until": 0.0, "why": ""}
+    pause = min(pauses.values(), key=lambda one: float(one["until"]), default=pause)
     about = facts(said["kind"])
     splits = [_split_status(about, split, clips, by_split) for split, clips in sorted(wanted.items())]
     left = sum(split.left for split in splits)
@@ -111,8 +114,8 @@ def status(root: Path, name: str, worst: int = 10) -> Status:
         tried_per_hour=pace[0] if pace else None,
         eta_s=3600 * left / pace[0] if pace and pace[0] else None,
         running=tables.is_locked(root / name),
-        pausing_s=max(pause.get("until", 0) - time.time(), 0.0),
-        pausing_why=pause.get("why", ""),
+        pausing_s=max(pause["until"] - time.time(), 0.0) if left else 0.0,
+        pausing_why=pause["why"],
         splits=splits,
         labels=_labels_that_lost_most(root / name / MANIFEST_FILE, lost, worst)
         if worst and len(lost)
