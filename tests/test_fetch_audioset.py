@@ -458,6 +458,9 @@ def test_a_fetch_killed_while_it_lists_leaves_the_account_and_the_folder_its_own
     facts = tmp_path / "data/audioset/fetch.json"
     said = json.loads(facts.read_text())
     facts.write_text(json.dumps(said | {"request": None}))  # as it stands between two lists
+    told = run("fetch", "audioset", "--status", "--root", tmp_path / "data")
+    assert told.returncode == 1
+    assert "the last fetch was ended while it listed the clips; run it again" in told.stderr
     (tmp_path / "data/audioset/manifest.parquet").unlink()
     (tmp_path / "mine").mkdir()
     soundfile.write(tmp_path / "mine/a.wav", sound(0.5, 8000), 8000)

@@ -125,18 +125,36 @@ def test_several_clips_that_alone_are_refused_end_as_their_own_failures(server, 
 
 
 @pytest.mark.parametrize("retries", [0, 1])
-def test_many_clips_that_go_on_failing_end_as_failed_in_this_run_and_stay_so_in_the_next(
-    server, tmp_path, retries
-):
+def test_many_clips_that_go_on_failing_end_as_failed_and_stay_so(server, tmp_path, retries):
     bad = {f"-clip_{n:05d}" for n in range(0, 45, 3)}
     for video in bad:
         server.behave(f"{video}.webm", Status(403))
-    first = Fetch(server, tmp_path, 45, retries=retries, pause=0.05, max_pauses=1)
-    assert first.error is None
-    assert (first.counts["had"], first.reasons) == (30, dict.fromkeys(bad, "forbidden"))
-    again = Fetch(server, tmp_path, 45, retries=retries, pause=0.05, max_pauses=1)
-    assert again.error is None
-    assert again.reasons == dict.fromkeys(bad, "forbidden")
+    for _ in range(2):
+        fetch = Fetch(server, tmp_path, 45, retries=retries, pause=0.05, max_pauses=1)
+    assert fetch.error is None
+    assert (fetch.counts["had"], fetch.reasons) == (30, dict.fromkeys(bad, "forbidden"))
+
+
+def test_an_end_where_all_fails_is_left_once_and_believed_in_the_next_run(server, tmp_path):
+    for n in range(20, 40):
+        server.behave(f"-clip_{n:05d}.webm", Status(503))
+    first = Fetch(server, tmp_path, 40, jobs=1, retries=0, pause=0.05, max_pauses=3)
+    assert isinstance(first.error, RefusedError)
+    assert first.counts == {"had": 20, "failed": 0, "skipped": 0}
+    second = Fetch(server, tmp_path, 40, jobs=1, retries=0, pause=0.05, max_pauses=3)
+    assert second.error is None
+    assert second.counts == {"had": 20, "failed": 20, "skipped": 0}
+
+
+def test_a_ban_is_a_ban_for_clips_that_were_lost_before_too(server, tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite", write=True) as ledger:
+        for n in range(100):
+            ledger.record(Outcome(f"-clip_{n:05d}_1000", "empty", "so"), "eval")
+    server.behave(None, Status(403))
+    fetch = Fetch(server, tmp_path, 100, jobs=2, retries=0, pause=0.05, max_pauses=2)
+    assert isinstance(fetch.error, RefusedError)
+    assert len(server.requests) < 2 * 60  # two for a clip; not the whole list
+    assert len(fetch.reasons) == 100
 
 
 def test_a_dead_network_does_not_erase_what_was_known_of_earlier_losses(server, tmp_path):

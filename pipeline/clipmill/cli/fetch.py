@@ -207,7 +207,7 @@ def _fetch_segments(
     from clipmill.errors import FetchError
     from clipmill.fetch.foresee import foresee
     from clipmill.fetch.job import fetch
-    from clipmill.fetch.lock import compare, in_words, make_lock, read_lock
+    from clipmill.fetch.lock import compare, in_words, known_lock, read_lock
     from clipmill.fetch.options import SegmentOptions
     from clipmill.fetch.status import status
 
@@ -228,12 +228,12 @@ def _fetch_segments(
     except (FetchError, KeyboardInterrupt):
         _say_so_far(root, dataset.name, as_json)
         raise
-    if lock is not None and got.counts["had"]:
-        console.say(in_words(lock, compare(lock, make_lock(got)[0])))
     stands = status(root, dataset.name)
     if as_json:
         console.print_json(stands.as_json())
     console.say(f"{got.name}: {_account(got.counts, got.left)}; media in {got.media_root}")
+    if lock is not None:
+        console.say(in_words(lock, compare(lock, known_lock(got))))
     console.say_losses(got.losses)
     if stands.may_heal:
         console.say(f"  {stands.may_heal} of these may heal: the same command tries them again")

@@ -62,7 +62,10 @@ def facts_of(root: Path, name: str) -> dict[str, Any]:
         raise FetchError(
             f"{name!r} has not been fetched under {root} (fetched there: {have}); see `pipeline fetch --help`"
         )
-    return tables.read_json(path, "name", "kind", "media_root", "about", "by_segment")
+    said = tables.read_json(path, "name", "kind", "media_root", "about", "by_segment")
+    if said["by_segment"] and not said.get("request"):
+        raise FetchError(f"{name}: the last fetch was ended while it listed the clips; run it again")
+    return said
 
 
 def load(root: Path, name: str, *, need_media: bool = True) -> Fetched:

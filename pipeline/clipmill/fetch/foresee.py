@@ -10,11 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipmill import tables
 from clipmill.datasets import Dataset
 from clipmill.fetch import archives
 from clipmill.fetch.adopt import candidates
-from clipmill.fetch.fetched import LEDGER_FILE, folder_of
-from clipmill.fetch.job import must_be_of, to_adopt, to_ask, wanted
+from clipmill.fetch.fetched import LEDGER_FILE, MANIFEST_FILE, folder_of
+from clipmill.fetch.job import as_it_is, must_be_of, to_adopt, to_ask, wanted
 from clipmill.fetch.ledger import Ledger
 from clipmill.fetch.lock import Lock
 from clipmill.fetch.options import SegmentOptions
@@ -56,8 +57,11 @@ def foresee(
     """
     folder = folder_of(root, dataset.name)
     must_be_of(kind, dataset, root, dataset.name)
-    archives.provide(dataset, folder, watch)
-    manifest = wanted(folder, dataset.prepare(folder), lock, watch.say)
+    if as_it_is(dataset, folder, options, lock):
+        manifest = tables.read_table(folder / MANIFEST_FILE, tables.MANIFEST)
+    else:
+        archives.provide(dataset, folder, watch)
+        manifest = wanted(folder, dataset.prepare(folder), lock, watch.say)
     with tempfile.TemporaryDirectory() as scratch:
         there = (folder / LEDGER_FILE).exists()
         with Ledger((folder if there else Path(scratch)) / LEDGER_FILE, write=not there) as ledger:

@@ -60,15 +60,24 @@ class Governor:
         if asked_at > self._paused_at:
             self.pauses = 0
 
-    def refused(self, why: str, asked_at: float, now: float, retry_after_s: float | None = None) -> bool:
+    def refused(
+        self,
+        why: str,
+        asked_at: float,
+        now: float,
+        retry_after_s: float | None = None,
+        *,
+        steady: bool = False,
+    ) -> bool:
         """The site refuses all of us: pause the fleet. Returns whether this was news.
 
         What was asked before the pause began says nothing new, unless it is told to wait longer.
+        A `steady` pause is no longer than the first.
         """
         wait_s = min(retry_after_s or 0.0, LONGEST_RETRY_AFTER_S)
         news = asked_at > self._paused_at
         if news:
-            wait_s = max(wait_s, min(self.pause_s * 2**self.pauses, LONGEST_PAUSE_S))
+            wait_s = max(wait_s, min(self.pause_s * (1 if steady else 2**self.pauses), LONGEST_PAUSE_S))
             self.pauses += 1
             self._paused_at = now
             self.in_a_row.clear()
@@ -76,14 +85,16 @@ class Governor:
         self.paused_until = max(self.paused_until, now + wait_s)
         return news
 
-    def failed(self, clip: int, why: str, asked_at: float, now: float) -> bool:
+    def failed(self, clip: int, why: str, asked_at: float, now: float, *, steady: bool = False) -> bool:
         """A clip failed for a reason that may not be its own. Returns whether that makes the fleet pause."""
         if asked_at <= self._paused_at:
             return False
         self.in_a_row.add(clip)
         if len(self.in_a_row) < self.streak:
             return False
-        return self.refused(f"{len(self.in_a_row)} clips in a row failed ({why})", asked_at, now)
+        return self.refused(
+            f"{len(self.in_a_row)} clips in a row failed ({why})", asked_at, now, steady=steady
+        )
 
     @property
     def exhausted(self) -> bool:

@@ -105,7 +105,7 @@ def _by_segment(
     kind: str, dataset: Dataset, folder: Path, options: SegmentOptions, lock: Lock | None, watch: Watch
 ) -> None:
     """Write the tables before the first clip is asked for: the ledger then fills while the manifest stands."""
-    if _as_it_is(dataset, folder, options, lock):
+    if as_it_is(dataset, folder, options, lock):
         prepared, request = None, ""
     else:
         archives.provide(dataset, folder, watch)
@@ -136,11 +136,12 @@ def _by_segment(
             fetch_segments(todo, ledger, places, options, watch.update, watch.say)
 
 
-def _as_it_is(dataset: Dataset, folder: Path, options: SegmentOptions, lock: Lock | None) -> bool:
+def as_it_is(dataset: Dataset, folder: Path, options: SegmentOptions, lock: Lock | None) -> bool:
     """Whether the clips wanted stay those of the last request: --retry and --recheck name none of their own."""
     chosen = [f for f in fields(dataset) if f.name not in ("called", "strong")]  # type: ignore[arg-type]
     bare = all(getattr(dataset, f.name) == f.default for f in chosen)
-    return bare and lock is None and bool(options.retry or options.recheck) and _is_whole(folder)
+    asked = bare and lock is None and bool(options.retry or options.recheck)
+    return asked and _is_whole(folder) and bool(tables.read_json(folder / FETCH_FILE).get("request"))
 
 
 def _is_last(request: str, folder: Path) -> bool:

@@ -40,6 +40,11 @@ class Queue:
             return self._fresh - 1
         return self._last.popleft() if self._last else None
 
+    @property
+    def asked_again(self) -> list[int]:
+        """All rows that wait and were asked for before."""
+        return [*self._last, *(row for _, row in self._again)]
+
     def tried(self) -> list[int] | None:
         """All rows that wait, where none of them is fresh."""
-        return None if self._fresh < self._rows else [*self._last, *(row for _, row in self._again)]
+        return None if self._fresh < self._rows else self.asked_again

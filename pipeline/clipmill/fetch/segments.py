@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +117,8 @@ class _Fleet:
         self._asked: dict[str, _Asked] = {}
         self._tries: Counter[int] = Counter()
         self._lost_before = frozenset(ledger.lost_keys())
+        # Those too that a run gave up on without marking them: twice is enough to believe it of them.
+        self._failed_before = self._lost_before | set(json.loads(ledger.state("gave_up") or "[]"))
         self._epoch = 0  # answers so far
         # Of each clip that failed for what may be everybody's trouble: in which epochs, and how at last.
         self._epochs: dict[int, set[int]] = defaultdict(set)
@@ -144,7 +146,8 @@ class _Fleet:
                     if not crew.in_flight and all(governor.exhausted for governor in self._governors):
                         self._give_up()
                         break
-            self._ledger.set_state("pauses", "{}")
+            if self._epoch:  # the site talks to us: no pause outlasts that
+                self._ledger.set_state("pauses", "{}")
         finally:
             self._show()
             self._ledger.tick(began, self._had + self._failed, self._had)
@@ -254,6 +257,7 @@ class _Fleet:
         news = governor.refused(f"{answer.reason}: {answer.message}", asked.at, now, answer.retry_after_s)
         self._remember(asked.row, answer)
         self._queue.put_last(asked.row)
+        self._keep_pause(governor, now)
         if news:
             self._say_pause(governor, now)
 
@@ -261,21 +265,25 @@ class _Fleet:
         """A failure that another try may heal, or that may be everybody's."""
         now, governor, row = time.monotonic(), asked.governor, asked.row
         self._remember(row, answer)
-        suspect = answer.reason in SUSPECT and answer.key not in self._lost_before
+        suspect = answer.reason in SUSPECT
         if suspect:
-            reasons = {self._answers[other].reason for other in (*governor.in_a_row, row)}
-            if governor.failed(row, f"{answer.reason}: {answer.message}", asked.at, now):
+            in_a_row = [self._answers[other] for other in (*governor.in_a_row, row)]
+            known = all(one.key in self._failed_before for one in in_a_row)
+            why = f"{answer.reason}: {answer.message}"
+            if governor.failed(row, why, asked.at, now, steady=known):
                 self._queue.put_last(row)
                 self._take_back()
-                if reasons == {"tool-error"}:
+                if not known and {one.reason for one in in_a_row} == {"tool-error"}:
+                    self._give_up_on(self._queue.asked_again)
                     raise FetchError(_TOOLS_FAIL.format(answer.message))  # waiting mends no tool
+                self._keep_pause(governor, now)
                 self._say_pause(governor, now)
                 return
         self._tries[row] += 1
         if self._tries[row] <= self._options.retries:
             self._queue.put(row, now + min(2.0 ** self._tries[row], _LONGEST_BACKOFF_S))
             return
-        if suspect:
+        if suspect and answer.key not in self._lost_before:  # what was known of those is never undone
             self._doubtful[row] = governor
         self._record(row, answer)
 
@@ -304,15 +312,22 @@ class _Fleet:
         self._take_back()
         rows = self._queue.tried()
         if rows is None or not all(map(self._fails_by_itself, rows)):
+            self._give_up_on(self._queue.asked_again)
             raise RefusedError(self._refusal())
         for row in rows:
             self._record(row, self._answers[row])
+        self._give_up_on([])
 
     def _fails_by_itself(self, row: int) -> bool:
-        """Whether others were answered between two failures of a clip; a failure that heals is believed sooner."""
+        """Whether others were answered between two failures of it; what heals is believed in its second run."""
         answer = self._answers[row]
-        heals = POLICY.get(answer.reason) != "fleet" and (self._had > 0 or answer.key in self._lost_before)
-        return len(self._epochs[row]) > 1 or heals
+        again = POLICY.get(answer.reason) != "fleet" and answer.key in self._failed_before
+        return len(self._epochs[row]) > 1 or again
+
+    def _give_up_on(self, rows: Iterable[int]) -> None:
+        """Remember, for the next run, which clips were asked for in vain, though they are not marked as failed."""
+        keys = {self._answers[row].key for row in rows}
+        self._ledger.set_state("gave_up", json.dumps(sorted(keys)))
 
     def _record(self, row: int, answer: Outcome) -> None:
         self._ledger.record(answer, self._todo["split"][row].as_py())
@@ -338,9 +353,12 @@ class _Fleet:
         which = f"pause {governor.pauses} of {governor.max_pauses}"
         text = f"{who} for {governor.wait_s(now):.0f} s ({which}): {governor.why}"
         self._say(text)
+
+    def _keep_pause(self, governor: Governor, now: float) -> None:
+        """Write down until when an address is not to be asked from: the next run keeps to it."""
         pauses = json.loads(self._ledger.state("pauses") or "{}")
         until = time.time() + governor.wait_s(now)
-        pauses[self._options.who(number - 1)] = {"until": until, "why": governor.why}
+        pauses[self._options.who(self._governors.index(governor))] = {"until": until, "why": governor.why}
         self._ledger.set_state("pauses", json.dumps(pauses))
 
     def _refusal(self) -> str:
