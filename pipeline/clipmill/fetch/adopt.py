@@ -96,7 +96,7 @@ def adopt_media(
 
 
 def candidates(dirs: Sequence[Path], wanted: pa.Table) -> tuple[pa.Table, Found]:
-    """What the folders hold of `wanted`: clips that a fetch of ours had there (see `others`), and of the rest, media.
+    """What the folders hold of `wanted`: what a fetch of ours had there (see `others`), then media by their names.
 
     Returns:
         A table of key, source, kind, turn (see `Found`) and, of what a fetch of ours had,
@@ -144,9 +144,8 @@ def _stretch(
     """Which stretch of a source that says it lasts `stated` seconds is the clip; None: from its start, to its end."""
     if wanted_s is None or stated is None or stated <= wanted_s:
         return None, None
-    if (
-        stated <= wanted_s + _SLACK_S or job.kind != "id"
-    ):  # a name that tells the start says that it was cut there
+    # A name that tells the clip's start says that the file was cut there, however long it is.
+    if stated <= wanted_s + _SLACK_S or job.kind != "id":
         return None, wanted_s
     if stated + job.short_s >= (job.end_s or 0.0):
         return job.start_s, job.end_s

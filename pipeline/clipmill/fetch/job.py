@@ -88,16 +88,12 @@ def _at_once(kind: str, dataset: Dataset, folder: Path) -> None:
     manifest = _with_sizes(prepared)
     lost = pa.array([f.key for f in prepared.failures if f.key], pa.string())
     had = manifest.filter(pc.invert(pc.is_in(manifest["key"], lost)))
-    splits = (
-        dict(zip(manifest["key"].to_pylist(), manifest["split"].to_pylist(), strict=True))
-        if len(lost)
-        else {}
-    )
+    split_of = zip(*(manifest[column].to_pylist() for column in ("key", "split")), strict=True)
     (folder / FETCH_FILE).unlink(missing_ok=True)
     tables.write_table(folder / MANIFEST_FILE, manifest)
     with Ledger(folder / LEDGER_FILE, write=True) as ledger:
         rows = zip(*(had[column].to_pylist() for column in ("key", "source", "split")), strict=True)
-        ledger.replace(rows, prepared.failures, splits)
+        ledger.replace(rows, prepared.failures, dict(split_of))
     _vouch(kind, dataset, folder, prepared.media_root)
 
 

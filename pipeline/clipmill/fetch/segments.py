@@ -113,6 +113,8 @@ class _Fleet:
         self._governors = [
             Governor(options.pause, options.max_pauses, streak) for _ in options.proxy or ("",)
         ]
+        # Once: the file of cookies that it looks at may go while a fetch of weeks is running.
+        self._who = [options.who(number) for number in range(len(self._governors))]
         self._turn = 0
         self._asked: dict[str, _Asked] = {}
         self._tries: Counter[int] = Counter()
@@ -156,13 +158,12 @@ class _Fleet:
         """A pause that the run before was in still holds for who asks alike: "in two hours" was meant."""
         pauses = json.loads(self._ledger.state("pauses") or "{}")
         kept = {who: pause for who, pause in pauses.items() if pause["until"] > time.time()}
-        now_asking = [self._options.who(number) for number in range(len(self._governors))]
-        for who, governor in zip(now_asking, self._governors, strict=True):
+        for who, governor in zip(self._who, self._governors, strict=True):
             if who in kept:
                 left_s = min(kept[who]["until"] - time.time(), LONGEST_RETRY_AFTER_S)
                 governor.paused_until, governor.why = time.monotonic() + left_s, kept[who]["why"]
                 self._say(f"still pausing, for {left_s:.0f} s, as the last run was: {governor.why}")
-        self._ledger.set_state("pauses", json.dumps({who: kept[who] for who in now_asking if who in kept}))
+        self._ledger.set_state("pauses", json.dumps({who: kept[who] for who in self._who if who in kept}))
 
     # --- asking
 
@@ -351,14 +352,13 @@ class _Fleet:
         number = self._governors.index(governor) + 1
         who = "all workers pause" if len(self._governors) == 1 else f"proxy {number} pauses"
         which = f"pause {governor.pauses} of {governor.max_pauses}"
-        text = f"{who} for {governor.wait_s(now):.0f} s ({which}): {governor.why}"
-        self._say(text)
+        self._say(f"{who} for {governor.wait_s(now):.0f} s ({which}): {governor.why}")
 
     def _keep_pause(self, governor: Governor, now: float) -> None:
         """Write down until when an address is not to be asked from: the next run keeps to it."""
         pauses = json.loads(self._ledger.state("pauses") or "{}")
         until = time.time() + governor.wait_s(now)
-        pauses[self._options.who(self._governors.index(governor))] = {"until": until, "why": governor.why}
+        pauses[self._who[self._governors.index(governor)]] = {"until": until, "why": governor.why}
         self._ledger.set_state("pauses", json.dumps(pauses))
 
     def _refusal(self) -> str:
