@@ -66,6 +66,12 @@ INDEX = pa.schema(
         pa.field("peak_db", pa.float32(), nullable=False),  # dB re full scale
         pa.field("rms_db", pa.float32(), nullable=False),  # dB re full scale, before padding
         pa.field("loudness_lufs", pa.float32()),  # ITU-R BS.1770; null under 0.4 s or below the gate
+        pa.field("dc", pa.float32(), nullable=False),  # mean of the samples, full scale = 1
+        pa.field("clipped", pa.float32(), nullable=False),  # share of samples, 0..1
+        pa.field("silent", pa.float32(), nullable=False),  # share of its time, 0..1
+        pa.field(
+            "bandwidth_hz", pa.float32(), nullable=False
+        ),  # up to where there is more than the noise of 16 bits
         pa.field("events", EVENTS),
     ]
 )

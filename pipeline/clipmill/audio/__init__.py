@@ -63,7 +63,7 @@ def prepare_clip(
     """
     audio = decode(path, start_s, end_s, decoder)
     resampled = resample(audio.samples, audio.rate, rate)
-    if not np.isfinite(resampled).all():
+    if audio.rate != rate and not np.isfinite(resampled).all():
         raise DecodeError("corrupt", "its samples are too large for any sound, and overflow when resampled")
     samples = to_int16(resampled)
     return ReadyClip(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import soxr
 from numpy.typing import NDArray
+
+Sample = TypeVar("Sample", np.int16, np.float32)
 
 
 def resample(samples: NDArray[np.float32], rate_from: int, rate_to: int) -> NDArray[np.float32]:
@@ -18,16 +22,26 @@ def resample(samples: NDArray[np.float32], rate_from: int, rate_to: int) -> NDAr
     count = -(-len(samples) * rate_to // rate_from)
     result: NDArray[np.float32] = soxr.resample(samples, rate_from, rate_to, quality="HQ")
     if len(result) < count:
-        result = np.pad(result, (0, count - len(result)))
+        result = _with_zeros(result, count)
     return result[:count]
 
 
 def to_int16(samples: NDArray[np.float32]) -> NDArray[np.int16]:
     """float32 in -1..1 to int16, rounded to nearest and clipped; the exact inverse of int16 / 32768."""
-    return np.clip(np.rint(samples * np.float32(32768.0)), -32768, 32767).astype("<i2")
+    scaled = samples * np.float32(32768.0)
+    np.rint(scaled, out=scaled)
+    np.clip(scaled, -32768, 32767, out=scaled)
+    return scaled.astype("<i2")
 
 
 def pad_to_seconds(samples: NDArray[np.int16], rate: int) -> NDArray[np.int16]:
-    """Append zeros up to the next whole second (ERANN 3.1); at least one second."""
-    seconds = max(-(-len(samples) // rate), 1)
-    return np.pad(samples, (0, seconds * rate - len(samples)))
+    """Append zeros up to the next whole second (ERANN 3.1), at least one; the same array where none are needed."""
+    count = max(-(-len(samples) // rate), 1) * rate
+    return samples if len(samples) == count else _with_zeros(samples, count)
+
+
+def _with_zeros(samples: NDArray[Sample], count: int) -> NDArray[Sample]:
+    """`[samples]` with zeros at its end, `[count]`."""
+    padded = np.zeros(count, samples.dtype)
+    padded[: len(samples)] = samples
+    return padded

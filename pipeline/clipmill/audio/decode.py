@@ -8,10 +8,11 @@ of the file was left unread, PyAV decodes the file too and the longer result sta
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,18 @@ MIN_RATE, MAX_RATE = 1_000, 1_000_000
 """Sample rates in Hz that a source may say it has; another is a header that lies."""
 
 _ABSURD = 1 << 40  # frames: no header that promises more is believed
-_BLOCK = 1 << 16  # frames read at once
+_READ = 1 << 20  # samples of all channels read at once: most clips come whole
 _PREROLL_S = 1.0  # lossy codecs need some packets before a cut to be exact after it
 _PACKET = 4096  # frames in the longest packet of the codecs in use
 _MP3_SLACK = 4 * 1152  # frames by which an honest MP3 header may be off (encoder delay and padding)
-_UNREAD_BYTES = {"FLAC": 1 << 12}  # more than this unread at the end is more than tags and read-ahead
+_UNREAD_BYTES = {
+    "FLAC": 1 << 12,
+    "OGG": 1 << 12,
+    "MP3": 1 << 12,
+}  # more than this unread at the end is more than tags and read-ahead
+_CHAINED = ("OGG", "MP3")  # what is a whole file still when several are put one after the other
+_ID3 = re.compile(rb"ID3[\x02-\x04]\0.[\x00-\x7f]{4}", re.DOTALL)
+_DTYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}  # FFmpeg's names
 _UNREAD_BYTES_ELSE = 1 << 17  # WAV and its like carry whole chunks of metadata after the samples
 
 
@@ -151,32 +159,88 @@ def _decode_soundfile(path: Path, start_s: float, end_s: float | None) -> tuple[
         rate, channels, promised = file.samplerate, file.channels, file.frames
         first = round(start_s * rate)
         wanted = None if end_s is None else max(round(end_s * rate) - first, 0)
+        form = file.format
         if first and (first >= promised or not file.seekable()):
-            return _decode_av(path, start_s, end_s), _Doubt()
+            links = _links(path) if form in _CHAINED else []
+            audio = (
+                _decode_chain(links, start_s, end_s) if len(links) > 1 else _decode_av(path, start_s, end_s)
+            )
+            return audio, _Doubt()
         if first:
             file.seek(first)
-        blocks: list[NDArray[np.float32]] = []
-        read = 0
-        while wanted is None or read < wanted:
-            block = file.read(
-                _BLOCK if wanted is None else min(_BLOCK, wanted - read), "float32", always_2d=True
-            )
-            if not len(block):
-                break
-            read += len(block)
-            blocks.append(_mean_of_channels(block.T))
+        samples = _read_mono(file, wanted)
+        read = len(samples)
         left = os.fstat(raw.fileno()).st_size - os.lseek(raw.fileno(), 0, os.SEEK_CUR)
-        form = file.format
-    samples = _joined(blocks)
     if wanted is not None and read >= wanted:  # all that was asked for is there
         return Audio(samples, rate, channels), _Doubt()
-    slack = _MP3_SLACK if form == "MP3" else 0
     unread = left > _UNREAD_BYTES.get(form, _UNREAD_BYTES_ELSE)
+    if form in _CHAINED and (unread or wanted is not None) and len(links := _links(path)) > 1:
+        return _decode_chain(links, start_s, end_s), _Doubt()
+    slack = _MP3_SLACK if form == "MP3" else 0
     short = promised - first - read
     promise = _reliable_promise(path, form, promised)
-    promised_s = None if promise is None or wanted is not None else (promise - first) / rate
-    doubtful = abs(short) > slack or unread or (promised_s is not None and promised_s * rate - read > slack)
+    due = None if promise is None or wanted is not None else promise - first
+    doubtful = abs(short) > slack or unread or (due is not None and due - read > slack)
+    promised_s = None if due is None else due / rate
     return Audio(samples, rate, channels), _Doubt(doubtful, form == "FLAC" and short > 0, promised_s)
+
+
+def _read_mono(file: soundfile.SoundFile, wanted: int | None) -> NDArray[np.float32]:
+    """The next `wanted` frames of an open file, or all that are left, mixed to mono `[frames]`."""
+    most = max(_READ // file.channels, 1)
+    blocks: list[NDArray[np.float32]] = []
+    read = 0
+    while wanted is None or read < wanted:
+        size = most if wanted is None else min(most, wanted - read)
+        block = file.read(size, "float32", always_2d=True)
+        if not len(block):
+            break
+        read += len(block)
+        blocks.append(_mean_of_channels(block.T))
+    return _joined(blocks)
+
+
+def _links(path: Path) -> list[bytes]:
+    """The streams that were put one after the other to make an Ogg or MP3 file; one where it is neither.
+
+    Within Ogg each begins with pages marked so, after the pages of the one before; within MP3 with a tag.
+    """
+    data = path.read_bytes()
+    starts = [0]
+    if data.startswith(b"OggS"):
+        at, opening = 0, True
+        while (at := data.find(b"OggS\0", at)) >= 0 and at + 27 <= len(data):
+            begins = bool(data[at + 5] & 2)
+            if begins and not opening:
+                starts.append(at)
+            opening = begins
+            segments = data[at + 26]
+            at += 27 + segments + sum(data[at + 27 : at + 27 + segments])
+    else:
+        starts += [found.start() for found in _ID3.finditer(data) if found.start()]
+    return [data[start:end] for start, end in zip(starts, [*starts[1:], len(data)], strict=True)]
+
+
+def _decode_chain(links: list[bytes], start_s: float, end_s: float | None) -> Audio:
+    """Decode streams that follow each other, by libsndfile, at the rate of the first that is in the stretch."""
+    parts: list[tuple[int, NDArray[np.float32]]] = []
+    channels = 0
+    at_s = 0.0
+    for link in links:
+        if end_s is not None and at_s >= end_s:
+            break
+        with _silenced_stderr(), soundfile.SoundFile(io.BytesIO(link)) as file:
+            rate, length_s = file.samplerate, file.frames / file.samplerate
+            if at_s + length_s > start_s:
+                skipped = max(round((start_s - at_s) * rate), 0)
+                file.seek(skipped)
+                wanted = None if end_s is None else max(round((end_s - at_s) * rate) - skipped, 0)
+                samples = _read_mono(file, wanted)
+                length_s = (skipped + len(samples)) / rate
+                parts.append((rate, samples))
+                channels = max(channels, file.channels)
+        at_s += length_s
+    return Audio(_at_one_rate(parts) if parts else _joined([]), parts[0][0] if parts else MIN_RATE, channels)
 
 
 def _reliable_promise(path: Path, form: str, promised: int) -> int | None:
@@ -205,13 +269,24 @@ def _decode_av(path: Path, start_s: float, end_s: float | None) -> Audio:
         with av.open(str(path), metadata_errors="ignore") as container:
             if not container.streams.audio:
                 raise DecodeError("no-audio", f"holds no audio stream (read as {container.format.name})")
-            return _read_stream(container, path, start_s, end_s)
+            audio = _read_stream(container, path, start_s, end_s)
+            lacks = not len(audio.samples) or (end_s is not None and audio.duration_s < end_s - start_s - 0.1)
+        if start_s <= _PREROLL_S or not lacks:
+            return audio
+        # Seeking trusts times that can be wrong, as where the rate changes part-way; counting samples does not.
+        with av.open(str(path), metadata_errors="ignore") as container:
+            return _read_stream(container, path, start_s, end_s, seek=False)
     except (av.FFmpegError, ValueError, OverflowError) as error:
         raise DecodeError("corrupt", _one_line(error, path)) from error
 
 
 def _read_stream(
-    container: av.container.InputContainer, path: Path, start_s: float, end_s: float | None
+    container: av.container.InputContainer,
+    path: Path,
+    start_s: float,
+    end_s: float | None,
+    *,
+    seek: bool = True,
 ) -> Audio:
     """The first audio stream from `start_s` to `end_s`, whatever rates and layouts its frames have.
 
@@ -220,12 +295,7 @@ def _read_stream(
     import av
 
     stream = container.streams.audio[0]
-    if start_s > _PREROLL_S and stream.time_base is not None:
-        origin = stream.start_time or 0
-        try:
-            container.seek(origin + int((start_s - _PREROLL_S) / stream.time_base), stream=stream)
-        except av.FFmpegError:
-            container.seek(0)
+    origin_s = _seek(container, stream, start_s - _PREROLL_S) if seek and start_s > _PREROLL_S else None
     parts: list[tuple[int, NDArray[np.float32]]] = []  # rate and samples, one for each run of equal rate
     blocks: list[NDArray[np.float32]] = []
     rate = channels = 0
@@ -233,7 +303,8 @@ def _read_stream(
     try:
         for frame in container.decode(stream):
             if at_s is None:
-                at_s = _time_of(frame, stream)
+                origin_s = _origin_s(frame, stream) if origin_s is None else origin_s
+                at_s = max((frame.time or 0.0) - origin_s, 0.0)
             if frame.sample_rate != rate:
                 if blocks:
                     parts.append((rate, _joined(blocks)))
@@ -253,7 +324,7 @@ def _read_stream(
     if container.duration and len(container.streams) == 1 and end_s is None and _states_its_length(container):
         # FFmpeg passes over damaged FLAC frames without a word, but FLAC's length is exact to the sample.
         exact = container.format.name == "flac"
-        _check_whole((at_s or 0.0), container.duration / av.time_base, exact=exact)
+        _check_whole(at_s or 0.0, container.duration / av.time_base, exact=exact)
     if at_s is not None and "mp4" in container.format.name and stream.duration and stream.time_base:
         # MP4 states the length exactly: what is left of the last packet is the encoder's padding, not sound.
         surplus = round((at_s - float(stream.duration * stream.time_base)) * rate)
@@ -267,13 +338,32 @@ def _states_its_length(container: av.container.InputContainer) -> bool:
     return any(name in container.format.name for name in ("matroska", "webm", "mp4", "flac"))
 
 
-def _time_of(frame: av.AudioFrame, stream: av.AudioStream) -> float:
-    """Seconds from the start of the stream to the start of a frame."""
-    if frame.pts is None or frame.time_base is None or stream.time_base is None:
-        return 0.0
-    # A stream may begin a little before zero (an encoder's priming samples): zero is where sound begins.
-    origin = max(stream.start_time or 0, 0) * stream.time_base
-    return max(float(frame.pts * frame.time_base - origin), 0.0)
+def _seek(container: av.container.InputContainer, stream: av.AudioStream, place_s: float) -> float | None:
+    """Go to `place_s`, in seconds from where the sound starts, or a little before it.
+
+    Returns the container's time of that start; None where it has no times, and the stream is at its beginning.
+    """
+    import av
+
+    first = next(iter(container.decode(stream)), None)
+    if first is None or first.time is None or stream.time_base is None:
+        container.seek(0)
+        return None
+    origin_s = _origin_s(first, stream)
+    try:
+        container.seek(int((origin_s + place_s) / stream.time_base), stream=stream)
+    except av.FFmpegError:
+        container.seek(0)
+    return origin_s
+
+
+def _origin_s(first: av.AudioFrame, stream: av.AudioStream) -> float:
+    """The container's time where the sound starts, in seconds: what it states, or its first frame's if that is earlier.
+
+    A WebM's statement can be 30 ms late. Time before zero is an encoder's priming, and no sound.
+    """
+    stated_s = float((stream.start_time or 0) * (stream.time_base or 0))
+    return max(min(stated_s, first.time or 0.0), 0.0)
 
 
 def _at_one_rate(parts: list[tuple[int, NDArray[np.float32]]]) -> NDArray[np.float32]:
@@ -286,24 +376,42 @@ def _at_one_rate(parts: list[tuple[int, NDArray[np.float32]]]) -> NDArray[np.flo
     )
 
 
-def _as_float(frame: av.AudioFrame) -> NDArray[np.float32]:
-    """A frame's samples as float32 `[channels, samples]`, integers scaled to -1..1."""
-    samples: NDArray[Any] = frame.to_ndarray()
-    if frame.format.is_packed:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
+def _as_float(frame: av.AudioFrame) -> Sequence[NDArray[np.float32]] | NDArray[np.float32]:
+    """A frame's channels as float32 `[channels][samples]`, integers scaled to -1..1."""
+    from av.audio.plane import AudioPlane
+
+    channels = frame.layout.nb_channels
+    dtype = _DTYPES[frame.format.name.rstrip("p")]
+    # Not by PyAV's to_ndarray: of 8 and more planes it counts one too many, and reads where nothing is.
+    planes: list[Any] = [AudioPlane(frame, k) for k in range(channels if frame.format.is_planar else 1)]
+    if frame.format.is_planar:
+        return [_scaled(np.frombuffer(plane, dtype, frame.samples)) for plane in planes]
+    return _scaled(np.frombuffer(planes[0], dtype, frame.samples * channels).reshape(-1, channels).T)
+
+
+def _scaled(samples: NDArray[Any]) -> NDArray[np.float32]:
+    """A copy as float32, integers scaled to -1..1."""
     if samples.dtype == np.uint8:
         return (samples.astype(np.float32) - 128.0) / 128.0
     if samples.dtype.kind == "i":
         return samples.astype(np.float32) / np.float32(2.0 ** (8 * samples.dtype.itemsize - 1))
-    return samples.astype(np.float32, copy=False)
+    return samples.astype(np.float32)
 
 
-def _mean_of_channels(block: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`[channels, samples]` -> `[samples]`."""
-    return block[0] if len(block) == 1 else block.mean(axis=0, dtype=np.float32)
+def _mean_of_channels(channels: Sequence[NDArray[np.float32]] | NDArray[np.float32]) -> NDArray[np.float32]:
+    """`[channels][samples]` -> `[samples]`."""
+    if len(channels) == 1:
+        return channels[0]
+    if len(channels) == 2:  # numpy's mean over two interleaved channels takes ten times as long
+        mono = channels[0] + channels[1]
+        mono *= np.float32(0.5)
+        return mono
+    return np.asarray(channels).mean(axis=0, dtype=np.float32)
 
 
 def _joined(blocks: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    if len(blocks) == 1:
+        return blocks[0]
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
 
 

@@ -60,5 +60,5 @@ def decode_bytes(data: bytes) -> tuple[NDArray[np.int16], int]:
 
 def codec_versions() -> dict[str, str]:
     """The versions of everything that decides what decoding, resampling and encoding give."""
-    names = ("av", "imageio-ffmpeg", "pyloudnorm", "soundfile", "soxr")
+    names = ("av", "imageio-ffmpeg", "soundfile", "soxr")
     return {"libsndfile": soundfile.__libsndfile_version__} | {name: version(name) for name in names}

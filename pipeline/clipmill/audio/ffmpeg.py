@@ -16,6 +16,9 @@ from clipmill.types import Audio
 
 TIMEOUT_S = 300.0
 
+_PREROLL_S = 1.0
+"""Decoded before a stretch and thrown away: a lossy codec that starts at the stretch itself is not yet settled."""
+
 
 @lru_cache(maxsize=1)
 def ffmpeg_program() -> str:
@@ -29,13 +32,15 @@ def decode_with_ffmpeg(path: Path, start_s: float = 0.0, end_s: float | None = N
     """Decode a stretch of a file's first audio stream in a process of its own; mono is the channels' mean.
 
     Raises:
-        DecodeError: with reason corrupt or no-audio.
+        DecodeError: with reason corrupt, no-audio, memory or timeout.
     """
     import ffmpeg
 
     # Seeking to zero is not the same as not seeking: it drops the first packet of Opus and AAC.
-    seek = {"ss": start_s} if start_s else {}
-    stretch = {} if end_s is None else {"t": end_s - start_s}
+    seek = {"ss": start_s - _PREROLL_S} if start_s > _PREROLL_S else {}
+    stretch = {"ss": min(start_s, _PREROLL_S)} if start_s else {}
+    if end_s is not None:
+        stretch["t"] = end_s - start_s
     # Explode on the first damaged packet: a clip with holes must be a row in the failures, not a clip.
     source = ffmpeg.input(f"file:{path}", err_detect="explode", xerror=None, **seek)
     # AU, unlike WAV, allows a stream of unknown length.
@@ -46,10 +51,11 @@ def decode_with_ffmpeg(path: Path, start_s: float = 0.0, end_s: float | None = N
     try:
         done = subprocess.run(arguments, capture_output=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise DecodeError("corrupt", f"ffmpeg did not finish within {TIMEOUT_S:g} s") from None
+        raise DecodeError("timeout", f"ffmpeg did not finish within {TIMEOUT_S:g} s") from None
     said = done.stderr.decode(errors="replace").strip().splitlines()
     if done.returncode:
-        reason = "no-audio" if any("matches no streams" in line for line in said) else "corrupt"
+        causes = {"matches no streams": "no-audio", "Cannot allocate memory": "memory"}
+        reason = next((code for words, code in causes.items() if any(words in s for s in said)), "corrupt")
         last = re.sub(r" @ 0x[0-9a-f]+", "", said[-1]) if said else f"ended with {done.returncode}"
         raise DecodeError(reason, f"ffmpeg: {last}")
     if not done.stdout:
