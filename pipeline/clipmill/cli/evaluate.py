@@ -21,6 +21,12 @@ from clipmill.cli import DONE, console
 @click.option(
     "--split", default=None, help="Score this split: train, valid, eval, or all (clips without one)."
 )
+@click.option(
+    "--where",
+    "keep",
+    metavar="EXPRESSION",
+    help="Score only clips that fulfil this.  [default: for the clips held out, what the run was given]",
+)
 @console.weights_option
 @console.device_option
 @click.option(
@@ -35,6 +41,7 @@ def command(
     where: str,
     fold: int | None,
     split: str | None,
+    keep: str | None,
     weights: str,
     device: str,
     workers: int | None,
@@ -46,6 +53,7 @@ def command(
     Example:
       pipeline evaluate runs/x --shards data/esc10/shards/webdataset-flac-44100
       pipeline evaluate runs/x --shards SHARDS --split eval --weights last --json
+      pipeline evaluate runs/x --shards SHARDS --where "clipped == 0"
     """  # fmt: skip
     from clipmill.shards.read import Shards
     from clipmill.train.checkpoint import read_run
@@ -55,10 +63,13 @@ def command(
     place = pick_device(device)
     trained = read_run(run, place, weights)
     shards = Shards.open(where)
-    clips = len(choose_clips(trained, shards, fold, split)[0])
+    console.say_unfinished(shards.info)
+    clips = len(choose_clips(trained, shards, fold, split, keep)[0])
     with console.progress("scoring", clips, "clips") as update:
         workers = default_workers(place) if workers is None else workers
-        figures = evaluate_run(trained, shards, place, fold=fold, split=split, workers=workers, update=update)
+        figures = evaluate_run(
+            trained, shards, place, fold=fold, split=split, where=keep, workers=workers, update=update
+        )
     if as_json:
         console.print_json(figures)
     else:

@@ -69,6 +69,12 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     default=None,
     help="Steps between saves, beside those at evaluations.",
 )
+@click.option(
+    "--where",
+    "keep",
+    metavar="EXPRESSION",
+    help="Learn from and hold out only clips that fulfil this, such as 'silent < 0.9 and duration_s >= 1'.",
+)
 @click.option("--allow-leak", is_flag=True, help="Let a group stand on both sides of the split.")
 @_recipe_options
 def command(
@@ -80,6 +86,7 @@ def command(
     seed: int,
     workers: int | None,
     save_every: int | None,
+    keep: str | None,
     allow_leak: bool,
     recipe_name: str | None,
     **fields: Any,
@@ -95,6 +102,7 @@ def command(
       pipeline train --shards data/esc10/shards/webdataset-flac-44100 --fold 1
       pipeline train --shards SHARDS --model erann-1-1 --fold 1 --steps 300 --out runs/x
       pipeline train --shards SHARDS --fold 1 --out runs/x --resume
+      pipeline train --shards SHARDS --fold 1 --where "silent < 0.9 and duration_s >= 1"
     """  # fmt: skip
     from clipmill.shards.read import Shards
     from clipmill.train.device import default_workers, pick_device
@@ -103,8 +111,9 @@ def command(
 
     place = pick_device(device)
     shards = Shards.open(where)
+    console.say_unfinished(shards.info)
     recipe, why = choose_recipe(shards.name, place.type, recipe_name, **fields)
-    plan = plan_run(shards, recipe, place, fold=fold, seed=seed, allow_leak=allow_leak)
+    plan = plan_run(shards, recipe, place, fold=fold, seed=seed, allow_leak=allow_leak, where=keep)
     folder = out or plan.default_out
     console.say(f"{why}\n  {describe(recipe)}, {plan.config['loss']}, on {place}")
     for note in plan.notes:

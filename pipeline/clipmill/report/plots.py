@@ -18,31 +18,37 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 _SPECTROGRAMS = 12
+_LOOKED_AT = 10_000
+"""Clips among which those to show are looked for: enough to meet the labels, and no wait at two million."""
 _INK, _ACCENT = "#33475b", "#3a78a8"
 
 
-def plot_shards(where: str | Path, path: Path, seed: int = 0) -> None:
-    """Draw twelve clips' spectrograms and histograms of duration, loudness, labels and rates into `path`.
+def plot_shards(where: str | Path, path: Path, seed: int = 0, *, keep: str | None = None) -> None:
+    """Draw twelve clips' spectrograms and histograms of length, quality, labels and rates into `path`.
 
-    The clips are drawn at random by `seed`, one of each label as far as twelve go.
+    The clips are drawn at random by `seed`, one of each label as far as twelve go; `keep` is an
+    expression as `Shards.where` takes it.
 
     Raises:
-        ShardError: there are no shards, or a clip that is drawn cannot be read.
-        ConfigError: the file's ending is not one that can be drawn.
+        ShardError: there are no shards, `keep` keeps none, or a clip that is drawn cannot be read.
+        ConfigError: `keep` cannot be read, or the file's ending is not one that can be drawn.
     """
     shards = Shards.open(where)
+    if keep is not None:
+        shards = shards.where(keep)
     if path.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
         raise ConfigError(f"--plot {path}: allowed endings are .png, .pdf, .svg and .jpg")
-    figure = plt.figure(figsize=(16, 11), layout="constrained")
+    figure = plt.figure(figsize=(18, 11), layout="constrained")
     panels: Any = figure.subfigures(2, 1, height_ratios=[3, 2])
     upper, lower = panels
-    upper.suptitle(f"{shards.name}: {len(shards)} clips in {shards.folder}", fontsize=13, color=_INK)
+    kept = "" if keep is None else f" where {keep}"
+    upper.suptitle(f"{shards.name}: {len(shards)} clips in {shards.folder}{kept}", fontsize=13, color=_INK)
     axes = upper.subplots(3, 4).ravel()
     for axis in axes:
         axis.set_axis_off()
     for axis, row in zip(axes, _chosen(shards, seed), strict=False):
         _spectrogram(axis, shards, int(row))
-    _histograms(lower.subplots(1, 4), shards)
+    _histograms(lower.subplots(1, 6), shards)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -50,8 +56,8 @@ def plot_shards(where: str | Path, path: Path, seed: int = 0) -> None:
 
 def _chosen(shards: Shards, seed: int) -> list[int]:
     """Rows of clips to show: the first of each label in a random order, then others."""
-    order = np.random.default_rng(seed).permutation(len(shards))
-    labels = shards.index["labels"].to_pylist()
+    order = np.random.default_rng(seed).permutation(len(shards))[:_LOOKED_AT]
+    labels = dict(zip(order.tolist(), shards.index["labels"].take(order).to_pylist(), strict=True))
     seen: set[str] = set()
     first: list[int] = []
     others: list[int] = []
@@ -81,21 +87,26 @@ def _spectrogram(axis: Axes, shards: Shards, row: int) -> None:
 
 def _histograms(axes: Any, shards: Shards) -> None:
     index = shards.index
-    for axis, column, title in (
-        (axes[0], "duration_s", "duration before padding (s)"),
-        (axes[1], "loudness_lufs", "integrated loudness (LUFS)"),
+    for axis, column, scale, title in (
+        (axes[0], "duration_s", 1, "duration before padding (s)"),
+        (axes[1], "loudness_lufs", 1, "integrated loudness (LUFS)"),
+        (axes[2], "silent", 100, "silent (% of time)"),
+        (axes[3], "bandwidth_hz", 1e-3, "bandwidth (kHz)"),
     ):
-        axis.hist(pc.drop_null(index[column]).to_numpy(), bins=40, color=_ACCENT)
+        axis.hist(pc.drop_null(index[column]).to_numpy() * scale, bins=40, color=_ACCENT)
         axis.set_title(title, fontsize=9, color=_INK)
         axis.set_ylabel("clips", fontsize=8)
-    counts = shards.targets.sum(axis=0)
-    order = np.argsort(-counts)[:30]
-    _bars(axes[2], [shards.labels[i][:22] for i in order], counts[order], "clips of each label" + (
-        f" (30 of {len(counts)})" if len(counts) > 30 else ""))  # fmt: skip
+    found = {
+        row["values"]: row["counts"] for row in pc.value_counts(pc.list_flatten(index["labels"])).to_pylist()
+    }
+    labels = sorted(shards.labels, key=lambda label: -found.get(label, 0))
+    shown = labels[:30]
+    _bars(axes[4], [label[:22] for label in shown], [found.get(label, 0) for label in shown], "clips of each label" + (
+        f" (30 of {len(labels)})" if len(labels) > 30 else ""))  # fmt: skip
     rates = pc.value_counts(index["source_rate"]).to_pylist()
     rates.sort(key=lambda r: r["values"])
     _bars(
-        axes[3],
+        axes[5],
         [f"{r['values']} Hz" for r in rates],
         [r["counts"] for r in rates],
         "sample rate of the sources",

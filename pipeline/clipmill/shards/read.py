@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from clipmill import tables
 from clipmill.audio import decode_bytes
 from clipmill.errors import DecodeError, ShardError
 from clipmill.shards.plan import FORMATS
+from clipmill.shards.where import matching
 
 
 class Shards:
@@ -54,7 +57,15 @@ class Shards:
             )
             raise ShardError(f"{folder}: holds no index.parquet and dataset.json; {why}")
         info = tables.read_json(
-            folder / "dataset.json", "name", "labels", "spec", "counts", "shards", "root_sha256"
+            folder / "dataset.json",
+            "name",
+            "labels",
+            "spec",
+            "counts",
+            "shards",
+            "root_sha256",
+            "files",
+            "stopped",
         )
         index = tables.read_table(folder / "index.parquet", tables.INDEX)
         known = [shard["shard"] for shard in info["shards"]]
@@ -83,6 +94,26 @@ class Shards:
     def take(self, rows: NDArray[np.integer]) -> Shards:
         """The clips at these rows, in this order."""
         return Shards(self.folder, self.info, self.index.take(pa.array(rows, pa.int64())), self.files)
+
+    def where(self, text: str) -> Shards:
+        """The clips that fulfil an expression such as `silent < 0.9 and duration_s >= 1`, in the order they have.
+
+        Raises:
+            ConfigError: the expression cannot be read; see `where.matching`.
+            ShardError: it keeps none of the clips.
+        """
+        index = self.index.filter(matching(self.index, text))
+        if len(self) and not index.num_rows:
+            raise ShardError(
+                f"{self.folder}: --where {text!r} keeps none of {len(self)} clips; "
+                "`pipeline inspect` without it shows what the columns hold"
+            )
+        return Shards(self.folder, self.info, index, self.files)
+
+    def light(self) -> Shards:
+        """The same clips, knowing of the dataset only what reading them takes: for a worker among thousands."""
+        info = {name: self.info[name] for name in ("name", "labels", "spec")}
+        return Shards(self.folder, info, self.index, self.files[:1])
 
     @property
     def whole(self) -> bool:
@@ -159,6 +190,31 @@ class Shards:
             )
         return samples
 
+    def facts(self, row: int) -> dict[str, Any]:
+        """What the shard itself says of one clip, beside its samples: a tar's `key.json`, HDF5's `facts`.
+
+        Raises:
+            ShardError: the shard is missing or damaged there; names the shard and the key.
+        """
+        shard, key = self._column("shard")[row], self._column("key")[row]
+        try:
+            if shard.endswith(".h5"):
+                said = self._open(shard)["facts"][int(self._column("row")[row])]
+            else:
+                # The member after the audio, which fills whole blocks: its header, then its bytes.
+                after = int(self._column("offset")[row]) - (-int(self._column("length")[row]) // 512) * 512
+                member = tarfile.TarInfo.frombuf(os.pread(self._open(shard), 512, after), "utf-8", "strict")
+                said = os.pread(self._open(shard), member.size, after + 512)
+            facts = json.loads(said)
+            if facts["key"] == key:
+                return facts
+            error: Exception = KeyError(f"the facts there are those of {facts['key']}")
+        except (OSError, KeyError, IndexError, ValueError, TypeError, tarfile.TarError) as caught:
+            error = caught
+        raise ShardError(
+            f"{self.folder / shard}: the facts of {key} cannot be read ({error}); `pipeline verify` names all damage"
+        ) from error
+
     def _read_tar(self, shard: str, row: int) -> NDArray[np.int16]:
         offset, length = int(self._column("offset")[row]), int(self._column("length")[row])
         return decode_bytes(os.pread(self._open(shard), length, offset))[0]
@@ -196,6 +252,13 @@ class Shards:
             column = self.index[name] if null is None else pc.fill_null(self.index[name], null)
             self._columns[name] = column.to_numpy()
         return self._columns[name]
+
+
+def rows_by_value(values: NDArray[Any]) -> dict[Any, NDArray[np.int64]]:
+    """Value -> the rows that have it, ascending."""
+    order = np.argsort(values, kind="stable")
+    found, firsts = np.unique(values[order], return_index=True)
+    return dict(zip(found.tolist(), np.split(order, firsts[1:]), strict=True)) if len(found) else {}
 
 
 def _resolve(where: str) -> tuple[Path, list[str] | None]:

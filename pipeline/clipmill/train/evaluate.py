@@ -18,7 +18,7 @@ from clipmill.train.checkpoint import Run
 from clipmill.train.device import SECONDS_AT_ONCE
 from clipmill.train.metrics import confusions, main_figure, measure_scores
 from clipmill.train.objective import clip_loss, probabilities
-from clipmill.train.split import held_out_again, labelled
+from clipmill.train.split import fulfilling, held_out_again, labelled
 
 Update = Callable[[int, str], None]
 
@@ -66,18 +66,22 @@ def evaluate_run(
     *,
     fold: int | None = None,
     split: str | None = None,
+    where: str | None = None,
     workers: int = 0,
     update: Update = lambda done, facts: None,
 ) -> dict[str, Any]:
     """Every figure of `measure_scores` for the clips chosen, with `confusions`, `loss` and what was scored.
 
     The clips are those that the run held out, or those of `fold` and `split` (both: those of both).
+    `where` is an expression as `Shards.where` takes it, and leaves only the clips that fulfil it; without
+    it, those held out are the ones that fulfil the run's own.
 
     Raises:
+        ConfigError: `where` cannot be read.
         TrainError: the shards do not fit the run, or no clip is chosen.
     """
     check_fit(run, shards)
-    rows, what = choose_clips(run, shards, fold, split)
+    rows, what = choose_clips(run, shards, fold, split, where)
     chosen = shards.take(rows)
     scores, mean_loss = score_clips(run.model, run.features, chosen, run.loss, device, workers, update)
     figures = measure_scores(chosen.targets, scores, run.labels, run.loss)
@@ -113,7 +117,7 @@ def check_fit(run: Run, shards: Shards) -> None:
 
 
 def choose_clips(
-    run: Run, shards: Shards, fold: int | None, split: str | None
+    run: Run, shards: Shards, fold: int | None, split: str | None, where: str | None = None
 ) -> tuple[NDArray[np.int64], str]:
     """The rows to score, and what they are in words; raises TrainError when there are none."""
     if fold is None and split is None:
@@ -124,17 +128,29 @@ def choose_clips(
                 f"{shards.folder}: {run.folder} held out some groups of other shards; say which clips to score "
                 "with --fold or --split (--split all: clips without a split)"
             )
-        return _some(held_out_again(shards, held["by"], held["value"]), shards, _words(held))
+        rows = held_out_again(shards, held["by"], held["value"])
+        # A run's figures come again only from the very clips it was measured on.
+        where = run.config.get("where") if where is None else where
+        return _some(rows, shards, _words(held), where)
     chosen = labelled(shards)
     if fold is not None:
         chosen &= shards.folds == fold
     if split is not None:
         chosen &= shards.splits == split
     what = " and ".join([f"fold {fold}"] * (fold is not None) + [f"split {split}"] * (split is not None))
-    return _some(np.flatnonzero(chosen), shards, what)
+    return _some(np.flatnonzero(chosen), shards, what, where)
 
 
-def _some(rows: NDArray[np.int64], shards: Shards, what: str) -> tuple[NDArray[np.int64], str]:
+def _some(
+    rows: NDArray[np.int64], shards: Shards, what: str, where: str | None
+) -> tuple[NDArray[np.int64], str]:
+    if len(rows) and where is not None:
+        kept = rows[fulfilling(shards, where)[rows]]
+        if not len(kept):
+            raise TrainError(
+                f"{shards.folder}: --where {where!r} keeps none of the {len(rows)} clips of {what}"
+            )
+        rows, what = kept, f"{what} where {where}"
     if len(rows):
         return rows, what
     folds = sorted(set(shards.folds[shards.folds >= 0].tolist()))

@@ -78,16 +78,20 @@ def plan_run(
     fold: int | None = None,
     seed: int = 0,
     allow_leak: bool = False,
+    where: str | None = None,
 ) -> Plan:
     """Decide everything about a run, and write nothing.
 
+    `where` is an expression as `Shards.where` takes it: the run then neither learns from other clips nor
+    holds them out.
+
     Raises:
-        ConfigError: the recipe's model is not known.
+        ConfigError: the recipe's model is not known, or `where` cannot be read.
         TrainError: the clips cannot be split, or have fewer than two classes.
     """
     if len(shards.labels) < 2:
         raise TrainError(f"{shards.folder}: has {len(shards.labels)} class; a tagger needs at least two")
-    split = choose_split(shards, fold, seed, allow_leak=allow_leak)
+    split = choose_split(shards, fold, seed, allow_leak=allow_leak, where=where)
     features = LogMel(sample_rate=shards.sample_rate)
     loss = choose_loss(shards.targets, recipe.loss)
     with torch.device("meta"):
@@ -98,6 +102,7 @@ def plan_run(
         "root_sha256": shards.info["root_sha256"],
         "clips": {"train": len(split.train), "held_out": len(split.held_out)},
         "held_out": {"by": split.by, "value": split.value},
+        "where": where,
         "labels": shards.labels,
         "sample_rate": shards.sample_rate,
         "features": features.config,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from clipmill.errors import TrainError
 from clipmill.shards.read import Shards
+from clipmill.shards.where import matching
 from clipmill.types import NO_SPLIT, TRAIN_SPLITS
 
 HELD_OUT_PART = 0.1
@@ -38,13 +39,19 @@ class Split:
         return {"fold": f"fold{self.value}", "split": str(self.value)}.get(self.by, self.by)
 
 
-def choose_split(shards: Shards, fold: int | None, seed: int, *, allow_leak: bool = False) -> Split:
+def choose_split(
+    shards: Shards, fold: int | None, seed: int, *, allow_leak: bool = False, where: str | None = None
+) -> Split:
     """Hold out `fold`; without one the dataset's own split, else its lowest fold, else a tenth of its groups.
 
     With a fold, clips whose split is valid or eval are left out of training too. Clips
     without a label teach nothing and cannot be scored: they stand on neither side.
 
+    `where`, an expression as `Shards.where` takes it, thins out both sides and moves no clip from one
+    to the other: what is held out is decided on all the clips first.
+
     Raises:
+        ConfigError: `where` cannot be read.
         TrainError: the fold is not there, a side is empty, or a group stands on both sides
             and `allow_leak` is not given.
     """
@@ -61,14 +68,16 @@ def choose_split(shards: Shards, fold: int | None, seed: int, *, allow_leak: boo
         held_out = _some_groups(shards.groups, seed)
         why = f"no folds and no splits: {HELD_OUT_PART:.0%} of the groups, drawn by seed {seed}, are held out"
         split = _split(shards, "groups", seed, ~held_out, held_out, why)
-    _check_sides(shards, split)
+    if where is not None:
+        split = _thinned(shards, split, where)
+    _check_sides(shards, split, "--fold" if where is None else "--fold or --where")
     if not allow_leak:
         _check_groups(shards, split)
     return split
 
 
 def held_out_again(shards: Shards, by: str, value: Any) -> NDArray[np.int64]:
-    """The rows that `Split.held_out` held, from what a run's config.json keeps of it."""
+    """The rows that `Split.held_out` held before any `where`, from what a run's config.json keeps of it."""
     if by == "fold":
         chosen = shards.folds == int(value)
     elif by == "split":
@@ -76,6 +85,11 @@ def held_out_again(shards: Shards, by: str, value: Any) -> NDArray[np.int64]:
     else:
         chosen = _some_groups(shards.groups, int(value))
     return np.flatnonzero(chosen & labelled(shards))
+
+
+def fulfilling(shards: Shards, where: str) -> NDArray[np.bool_]:
+    """`[clips]`: whether a clip fulfils an expression; raises ConfigError where that cannot be read."""
+    return np.asarray(matching(shards.index, where))
 
 
 def labelled(shards: Shards) -> NDArray[np.bool_]:
@@ -108,6 +122,14 @@ def _split(
     return Split(by, value, np.flatnonzero(train & known), np.flatnonzero(held_out & known), why)
 
 
+def _thinned(shards: Shards, split: Split, where: str) -> Split:
+    kept = fulfilling(shards, where)
+    train, held_out = split.train[kept[split.train]], split.held_out[kept[split.held_out]]
+    lost = len(split.train) + len(split.held_out) - len(train) - len(held_out)
+    why = f"{split.why}; {lost} clip{'s' * (lost != 1)} left out by --where {where!r}"
+    return replace(split, train=train, held_out=held_out, why=why)
+
+
 def _some_groups(groups: NDArray[Any], seed: int) -> NDArray[np.bool_]:
     """Whether each clip's group is among the tenth (at least one) that stand first by a seeded hash."""
     names = sorted(set(groups.tolist()))
@@ -115,11 +137,11 @@ def _some_groups(groups: NDArray[Any], seed: int) -> NDArray[np.bool_]:
     return np.isin(groups, names[: math.ceil(len(names) * HELD_OUT_PART)])
 
 
-def _check_sides(shards: Shards, split: Split) -> None:
+def _check_sides(shards: Shards, split: Split, mend: str) -> None:
     for rows, side in ((split.train, "to train on"), (split.held_out, "to hold out")):
         if not len(rows):
             raise TrainError(
-                f"of {len(shards)} clips none is left {side} ({split.why}); choose other clips with --fold"
+                f"of {len(shards)} clips none is left {side} ({split.why}); choose other clips with {mend}"
             )
 
 
