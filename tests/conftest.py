@@ -98,17 +98,21 @@ def fetched(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make(fetched: Path) -> Callable[..., dict]:
-    """Shard the small collection in this process: `make(out, jobs=1, **spec)` returns dataset.json's contents."""
-    from clipmill.fetch.fetched import load
+    """Shard the small collection in this process: `make(out, jobs=1, **options)` returns dataset.json's contents."""
+    from dataclasses import fields
+
+    from clipmill.fetch.fetched import load, state_of
+    from clipmill.run import Engine, Local
     from clipmill.shards.job import make_shards
     from clipmill.shards.plan import ShardSpec
 
-    def shard(out: Path, jobs: int = 1, overwrite: bool = False, **spec: object) -> dict:
+    def shard(out: Path, jobs: int = 1, engine: Engine | None = None, **options: object) -> dict:
         got = load(fetched, "small")
-        settings = ShardSpec(**{"clips_per_shard": 5, **spec})  # type: ignore[arg-type]
+        names = {field.name for field in fields(ShardSpec)}
+        settings = {"clips_per_shard": 5} | {k: v for k, v in options.items() if k in names}
         return make_shards(
-            "small", got.manifest, got.losses, got.media_root, out, settings,
-            about=got.about, jobs=jobs, overwrite=overwrite,
-        )  # fmt: skip
+            "small", got.manifest, got.losses, got.media_root, out, ShardSpec(**settings),  # type: ignore[arg-type]
+            about=got.about, made_from=state_of(fetched, "small"), engine=engine or Local(jobs), **{k: v for k, v in options.items() if k not in names},
+        )  # type: ignore[arg-type]  # fmt: skip
 
     return shard

@@ -53,7 +53,8 @@ def test_the_whole_contract_from_a_folder_to_verified_shards(run, media, tmp_pat
     assert done.returncode == 0, done.stderr
     shards = root / "esc10/shards/webdataset-flac-44100"
     assert sorted(path.name for path in shards.iterdir()) == [
-        "dataset.json", "esc10-all-000000.json", "esc10-all-000000.tar", "failures.jsonl", "index.parquet",
+        "README.md", "croissant.json", "dataset.json", "esc10-all-000000.json", "esc10-all-000000.tar",
+        "failures.jsonl", "index.parquet", "plan.parquet",
     ]  # fmt: skip
     said = json.loads(run("inspect", shards, "--json").stdout)
     assert said["clips"] == 6
@@ -139,7 +140,7 @@ def test_verify_ends_with_1_on_damage(run, media, tmp_path):
     tar.write_bytes(tar.read_bytes()[:-20000])
     done = run("verify", tmp_path / "s")
     assert done.returncode == 1
-    assert "problem: x-all-000000.tar: its sha256 is not the one recorded" in done.stdout
+    assert "problem: x-all-000000.tar: is cut short: " in done.stdout
     assert "UNSOUND" in done.stdout
 
 
@@ -176,53 +177,6 @@ def test_output_that_may_not_be_written_is_said_in_a_sentence(media, tmp_path):
         command = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all", *command]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     failed(done, 1, "Permission denied", "choose another place with --root or --out")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A file system of 1 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize("format_", ["webdataset", "hdf5"])
-def test_a_full_disk_is_said_in_a_sentence_and_the_job_goes_on_once_there_is_room(
-    run, tmp_path, small_disk, jobs, format_
-):
-    for number in range(6):
-        path = tmp_path / f"media/dog/{number}.wav"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, sound(4, 44100, seed=number), 44100)
-    run("fetch", "folder", "--name", "x", "--from", tmp_path / "media", "--root", tmp_path)
-    shard = (
-        "shard",
-        "x",
-        "--root",
-        tmp_path,
-        "--clips-per-shard",
-        2,
-        "--format",
-        format_,
-        "--jobs",
-        jobs,
-        "--encoding",
-        "pcm16",
-    )
-    failed(run(*shard, "--out", small_disk), 1, "No space left on device", "free some space")
-    finished = [path for path in small_disk.iterdir() if path.suffix in (".tar", ".h5")]
-    assert not list(small_disk.glob(".*.tmp"))
-    shutil.copytree(small_disk, tmp_path / "roomy")
-    assert run(*shard, "--out", tmp_path / "roomy").returncode == 0
-    assert run(*shard, "--out", tmp_path / "fresh").returncode == 0
-    assert finished or format_ == "hdf5"
-    for path in (tmp_path / "fresh").iterdir():
-        assert path.read_bytes() == (tmp_path / "roomy" / path.name).read_bytes()
 
 
 def test_an_interrupt_ends_with_130_and_the_next_run_goes_on(run, fetched, tmp_path):

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from clipmill import tables
 from clipmill.audio import prepare_file
 from clipmill.errors import ConfigError, ShardError, TableError
-from clipmill.shards.plan import ShardSpec, plan
+from clipmill.shards.plan import ShardSpec, Unit, lay_out, plan, wanted
 from clipmill.shards.read import Shards
 from clipmill.shards.verify import verify
 from conftest import REPO
@@ -43,6 +43,12 @@ def manifest(clips: int, splits: tuple[str, ...] = ("all",)):
     })  # fmt: skip
 
 
+def units_of(table: pa.Table, gone: list[str], spec: ShardSpec) -> list[Unit]:
+    """The plan of a manifest without the clips that are gone."""
+    table = wanted("x", table, gone)
+    return plan(lay_out("x", table, spec), table, Path("m"), Path("o"))
+
+
 def tree(folder: Path) -> dict[str, str]:
     """Every file's name and sha256."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
@@ -57,21 +63,21 @@ def test_every_clip_that_was_had_is_planned_once_and_shards_are_full(clips, per_
     spec = ShardSpec(clips_per_shard=per_shard, seed=seed)
     if len(gone) == clips:
         with pytest.raises(ShardError, match="no clip is left"):
-            plan("x", table, gone, Path("m"), Path("o"), spec)
+            units_of(table, gone, spec)
         return
-    units = plan("x", table, gone, Path("m"), Path("o"), spec)
+    units = units_of(table, gone, spec)
     planned = [key for unit in units for key in unit.clips["key"].to_pylist()]
     assert sorted(planned) == sorted(set(keys) - set(gone))
     assert all(len(set(unit.clips["split"].to_pylist())) == 1 for unit in units)
     for split in ("train", "eval"):
-        sizes = [u.clips.num_rows for u in units if f"-{split}-" in u.shard]
+        sizes = [u.clips.num_rows for u in units if f"-{split}-" in u.name]
         assert all(size == per_shard for size in sizes[:-1])
-    assert [u.hash for u in units] == [u.hash for u in plan("x", table, gone, Path("m"), Path("o"), spec)]
+    assert [u.hash for u in units] == [u.hash for u in units_of(table, gone, spec)]
 
 
 def test_the_order_of_clips_is_a_seeded_shuffle_that_no_version_may_change():
-    units = plan("x", manifest(8), [], Path("m"), Path("o"), ShardSpec(clips_per_shard=4, seed=3))
-    assert [u.shard for u in units] == ["x-all-000000.tar", "x-all-000001.tar"]
+    units = units_of(manifest(8), [], ShardSpec(clips_per_shard=4, seed=3))
+    assert [u.name for u in units] == ["x-all-000000.tar", "x-all-000001.tar"]
     assert [int(k[-1]) for u in units for k in u.clips["key"].to_pylist()] == [5, 7, 4, 6, 3, 1, 0, 2]
 
 
@@ -220,7 +226,8 @@ def test_overwriting_never_touches_what_is_none_of_ours(make, tmp_path):
 
 def test_overwriting_mends_a_damaged_shard(make, tmp_path):
     root = make(tmp_path)["root_sha256"]
-    damage(tmp_path, "flipped byte")
+    tar = tmp_path / "small-all-000001.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"fLaC", b"flac", 1))
     assert verify(tmp_path).problems
     assert make(tmp_path, overwrite=True)["root_sha256"] == root
     assert verify(tmp_path).problems == []
@@ -256,7 +263,7 @@ def test_two_runs_do_not_write_to_one_folder(make, tmp_path):
 def test_planning_is_quick_because_no_unit_carries_the_whole_table():
     import pickle
 
-    unit = plan("x", manifest(5000), [], Path("m"), Path("o"), ShardSpec(clips_per_shard=10))[0]
+    unit = units_of(manifest(5000), [], ShardSpec(clips_per_shard=10))[0]
     assert len(pickle.dumps(unit)) < 10_000
 
 
@@ -279,62 +286,10 @@ def test_silent_clips_fail_unless_kept(tmp_path):
     assert shard("b", keep_silent=True)["written"] == 2
 
 
-def damage(folder: Path, kind: str) -> None:
-    tar = folder / "small-all-000001.tar"
-    data = bytearray(tar.read_bytes())
-    if kind == "truncated":
-        tar.write_bytes(data[: len(data) // 2])
-    elif kind == "flipped byte":
-        data[3000] ^= 0xFF
-        tar.write_bytes(data)
-    elif kind == "missing shard":
-        tar.unlink()
-    elif kind == "extra shard":
-        (folder / "small-all-000077.tar").write_bytes(data)
-    elif kind == "labels changed in the index":
-        index = tables.read_table(folder / "index.parquet", tables.INDEX)
-        labels = pa.array([["bell"]] * index.num_rows, tables.INDEX.field("labels").type)
-        tables.write_table(
-            folder / "index.parquet", index.set_column(6, tables.INDEX.field("labels"), labels)
-        )
-    elif kind == "missing record":
-        tar.with_suffix(".json").unlink()
-    elif kind == "index that disagrees":
-        index = tables.read_table(folder / "index.parquet", tables.INDEX)
-        tables.write_table(folder / "index.parquet", index.slice(1))
-    elif kind == "duplicate key":
-        index = tables.read_table(folder / "index.parquet", tables.INDEX)
-        tables.write_table(folder / "index.parquet", index.take([0, *range(index.num_rows)]))
-    elif kind == "failures that do not add up":
-        (folder / "failures.jsonl").write_text("")
-    elif kind == "counts that do not add up":
-        info = tables.read_json(folder / "dataset.json")
-        info["counts"]["failed"] += 1
-        tables.write_json(folder / "dataset.json", info)
-
-
-@pytest.mark.parametrize(("kind", "said"), [
-    ("truncated", "small-all-000001.tar: its sha256 is not the one recorded"),
-    ("flipped byte", "small-all-000001.tar: its sha256 is not the one recorded"),
-    ("missing shard", "small-all-000001.tar: is missing"),
-    ("extra shard", "small-all-000077.tar: is in the folder but not in dataset.json"),
-    ("missing record", "small-all-000001.tar: has no record"),
-    ("index that disagrees", "clips of it, recorded are"),
-    ("duplicate key", "stands more than once in the index"),
-    ("labels changed in the index", "the index and its record disagree on what it holds"),
-    ("failures that do not add up", "failures.jsonl: has 0 rows, dataset.json says 2"),
-    ("counts that do not add up", "dataset.json: counts do not reconcile"),
-])  # fmt: skip
-def test_verify_names_the_damage(make, tmp_path, kind, said):
-    make(tmp_path)
-    damage(tmp_path, kind)
-    problems = verify(tmp_path).problems
-    assert any(said in problem for problem in problems), problems
-
-
 def test_a_damaged_clip_is_named_when_it_is_read(make, tmp_path):
     make(tmp_path)
-    damage(tmp_path, "truncated")
+    tar = tmp_path / "small-all-000001.tar"
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
     shards = Shards.open(tmp_path / "small-all-000001.tar")
     with pytest.raises(
         ShardError, match=r"small-all-000001.tar: clip \S+ cannot be read .* `pipeline verify`"

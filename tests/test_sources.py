@@ -20,6 +20,7 @@ from clipmill.audio import DECODERS, prepare_clip, prepare_file
 from clipmill.audio.duration import stated_s
 from clipmill.audio.media import encode_media
 from clipmill.errors import DecodeError
+from clipmill.run import Local
 from clipmill.shards.job import make_shards
 from clipmill.shards.plan import ShardSpec
 from clipmill.sources import in_place_order, is_there, opened, row_parts, tar_part
@@ -278,7 +279,9 @@ def test_shards_of_parts_hold_what_shards_of_the_files_hold(tmp_path):
         manifest = tables.manifest_table(
             {"key": list(clips), "source": places, "labels": [["a"]] * len(clips)}
         )
-        made = make_shards("x", manifest, [], tmp_path, tmp_path / kind, ShardSpec(clips_per_shard=4), jobs=2)
+        made = make_shards(
+            "x", manifest, [], tmp_path, tmp_path / kind, ShardSpec(clips_per_shard=4), engine=Local(2)
+        )
         assert made["counts"] == {"in": 6, "written": 6, "failed": 0, "skipped": 0, "reasons": {}}
         index = tables.read_table(tmp_path / kind / "index.parquet", tables.INDEX)
         digests[kind] = dict(zip(index["key"].to_pylist(), index["sha256"].to_pylist(), strict=True))

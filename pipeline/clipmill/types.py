@@ -31,6 +31,10 @@ REASONS = {
     "corrupt": "the source does not decode, stops part-way, or ends before the length it states",
     "too-short": "the source ends before the clip begins, or well before it should end",
     "silent": "no sample of the clip reaches the last of 16 bits",
+    "crash": "decoding it takes the decoder down, each time",
+    "memory": "decoding it takes more memory than a clip may have",
+    # of the machines that build the shards
+    "not-built": "its shard could not be built; the same command tries again",
     # of the site that was asked for it
     "private": "the video is private",
     "removed": "the video was removed, by its uploader or by the site",

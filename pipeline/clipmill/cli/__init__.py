@@ -20,7 +20,20 @@ import click
 from clipmill import __version__
 from clipmill.errors import ClipmillError
 
-COMMANDS = ("datasets", "fetch", "lock", "shard", "inspect", "verify", "train", "evaluate", "predict", "demo")
+COMMANDS = (
+    "datasets",
+    "fetch",
+    "lock",
+    "shard",
+    "inspect",
+    "verify",
+    "leaks",
+    "convert",
+    "train",
+    "evaluate",
+    "predict",
+    "demo",
+)
 """The commands in the order that a clip travels; each is `command` in its module of this package."""
 
 DONE, FAILED, DONE_IN_PART, INTERRUPTED = 0, 1, 3, 130

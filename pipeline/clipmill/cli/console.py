@@ -45,6 +45,32 @@ def jobs_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+ENGINE_FIELDS = ("engine", "jobs", "address", "partition", "time", "mem", "max_jobs")
+"""The flags of `engine_options`: what `clipmill.run.choose.choose` takes."""
+
+
+def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags that say where units are worked on, --jobs among them."""
+    for option in reversed((
+        click.option("--engine", type=click.Choice(["local", "dask", "ray", "slurm"]), default="local",
+                     show_default=True,
+                     help="Where shards are built: this machine, a Dask or Ray cluster, or a Slurm job array."),
+        click.option("--jobs", type=click.IntRange(min=1), default=None,
+                     help="Worker processes; with slurm, of each task.  [default: all cores; slurm: 1]"),
+        click.option("--address", metavar="URL", default=None,
+                     help="The Dask or Ray cluster to use.  [default: one on this machine, started for the job]"),
+        click.option("--partition", default=None, help="Slurm's partition.  [default: the cluster's]"),
+        click.option("--time", metavar="[D-]HH:MM:SS", default=None,
+                     help="Slurm's time limit of a task; one that reaches it goes on in another.  [default: 4:00:00]"),
+        click.option("--mem", type=click.IntRange(min=500), metavar="MB", default=None,
+                     help="Slurm's memory limit of a task.  [default: 4000 for each of --jobs]"),
+        click.option("--max-jobs", type=click.IntRange(min=1), default=None,
+                     help="Slurm tasks that run at once.  [default: 32]"),
+    )):  # fmt: skip
+        function = option(function)
+    return function
+
+
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """The --json flag."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(function)
@@ -71,6 +97,12 @@ def weights_option(function: Callable[..., Any]) -> Callable[..., Any]:
 def say(text: str = "") -> None:
     """Print a line for a person; to stderr, so that stdout stays for results."""
     click.echo(text, err=True)
+
+
+def say_unfinished(info: dict[str, Any]) -> None:
+    """Warn where a job has not built all shards that dataset.json's contents speak of."""
+    if info["stopped"]:
+        say(f"note: not all shards of {info['name']} are built: {info['stopped']}; `pipeline shard` goes on")
 
 
 def say_losses(losses: Sequence[Failure], examples: int = 3, print_line: Callable[[str], None] = say) -> None:

@@ -65,16 +65,40 @@ from clipmill.cli import DONE, DONE_IN_PART, console
     default=None,
     help="Take just the clips that this lock names (`pipeline lock`).",
 )
+@click.option("--append", is_flag=True, help="Put clips that came since into new shards, after those there.")
+@click.option(
+    "--retry",
+    metavar="REASONS",
+    default="",
+    help="Build those shards anew that lost clips for one of these reasons, such as timeout,memory.",
+)
 @click.option("--overwrite", is_flag=True, help="Build all shards anew, whatever is there.")
-@console.jobs_option
+@click.option(
+    "--clip-timeout",
+    type=click.FloatRange(min=1),
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="A clip that takes longer to prepare fails.",
+)
+@click.option(
+    "--clip-memory",
+    type=click.IntRange(min=100),
+    default=2000,
+    show_default=True,
+    metavar="MB",
+    help="A clip that needs more memory to prepare fails.",
+)
+@console.engine_options
 @console.json_option
 def command(
     names: tuple[str, ...],
     root: Path,
     out: Path | None,
     lock_file: Path | None,
-    overwrite: bool,
-    jobs: int,
+    clip_timeout: float,
+    clip_memory: int,
+    retry: str,
     as_json: bool,
     **fields: Any,
 ) -> int:
@@ -83,17 +107,27 @@ def command(
     NAME is a dataset fetched under --root; without one, all of them are sharded. One bad
     clip never ends the job: it becomes a row of failures.jsonl. Interrupted or killed, the
     same command goes on: finished shards are not touched, and the bytes come out the same
-    whatever the number of jobs.
+    from every engine and any number of jobs.
 
     \b
     Example:
       pipeline shard esc10 --format webdataset --encoding flac --jobs 2
       pipeline shard --format hdf5
+      pipeline shard audioset --append
+      pipeline shard audioset --engine slurm --partition cpu --time 4:00:00 --mem 4000 --max-jobs 64
     """  # fmt: skip
     from clipmill.errors import ConfigError, FetchError
     from clipmill.fetch.fetched import fetched_names
     from clipmill.shards.plan import DEFAULT_ENCODING, ShardSpec
+    from clipmill.shards.prepare import Limits
+    from clipmill.types import REASONS
 
+    how = {name: fields.pop(name) for name in ("append", "overwrite")}
+    how["retry"] = set(filter(None, retry.split(",")))
+    if unknown := sorted(how["retry"] - set(REASONS)):
+        raise ConfigError(f"--retry {unknown[0]}: no such reason; known: {', '.join(REASONS)}")
+    how["limits"] = Limits(clip_timeout, clip_memory)
+    engine_fields = {name: fields.pop(name) for name in console.ENGINE_FIELDS}
     spec = ShardSpec(**{**fields, "encoding": fields["encoding"] or DEFAULT_ENCODING[fields["format"]]})
     chosen = list(names) or fetched_names(root)
     if not chosen:
@@ -101,38 +135,62 @@ def command(
     for flag, given, what in (("--out", out, "one folder"), ("--lock", lock_file, "of one dataset")):
         if given is not None and len(chosen) > 1:
             raise ConfigError(f"{flag} is {what}, but {len(chosen)} are asked for: {', '.join(chosen)}")
-    made = [_shard(name, root, out, spec, lock_file, overwrite, jobs) for name in chosen]
+    made = [_shard(name, root, out, spec, lock_file, engine_fields, how) for name in chosen]
     if as_json:
         console.print_json(made)
     return DONE_IN_PART if any(m["counts"]["failed"] for m in made) else DONE
 
 
 def _shard(
-    name: str, root: Path, out: Path | None, spec: Any, lock_file: Path | None, overwrite: bool, jobs: int
+    name: str,
+    root: Path,
+    out: Path | None,
+    spec: Any,
+    lock_file: Path | None,
+    engine_fields: dict[str, Any],
+    how: dict[str, Any],
 ) -> dict[str, Any]:
     from dataclasses import replace
 
     from clipmill import tables
-    from clipmill.fetch.fetched import load, restricted
+    from clipmill.fetch.fetched import load, restricted, state_of
     from clipmill.fetch.lock import read_lock
-    from clipmill.shards.job import make_shards
-    from clipmill.types import Failure
+    from clipmill.run.choose import choose
+    from clipmill.shards.job import make_shards, unchanged
 
-    got, lock = load(root, name), None
+    folder, made_from = out or root / name / "shards" / spec.folder, state_of(root, name)
+    lock = None
     if lock_file is not None:
         lock = read_lock(lock_file, name)
-        got = restricted(got, lock.keys, f"stands in {lock_file.name}, and was not fetched")
+        made_from["lock"] = lock.id
+    if not how["overwrite"] and not how["retry"] and (dataset := unchanged(folder, spec, made_from)):
+        console.say(f"{name}: all shards are there, and nothing has changed since")
+        return _told(name, folder, dataset)
+    got = load(root, name)
+    if lock is not None:
+        got = restricted(got, lock.keys, f"stands in {lock_file}, and was not fetched")
         got = replace(got, about={**got.about, "lock_id": lock.id, "lock_as_of": lock.as_of})
     elif got.left:
         console.say(
             f"note: {got.left} clips of {name} are not fetched yet; the shards hold what is had so far"
         )
-    folder = out or got.folder / "shards" / spec.folder
+    engine = choose(folder=folder / "slurm", **engine_fields)
     with console.progress(f"shard {name}", got.counts["had"], "clips") as update:
         dataset = make_shards(
             name, got.manifest, got.losses, got.media_root, folder, spec,
-            about=got.about, jobs=jobs, overwrite=overwrite, update=update,
+            about=got.about, made_from=made_from, engine=engine, update=update, **how,
         )  # fmt: skip
+    if lock is not None:
+        lost = {row["key"] for row in tables.read_jsonl(folder / "failures.jsonl")}
+        _account_for(lock, got, folder, lost, engine_fields["jobs"] or 1)
+    return _told(name, folder, dataset)
+
+
+def _told(name: str, folder: Path, dataset: dict[str, Any]) -> dict[str, Any]:
+    """Print the account of the shards of a dataset."""
+    from clipmill import tables
+    from clipmill.types import Failure
+
     counts = dataset["counts"]
     size = sum(shard["bytes"] for shard in dataset["shards"])
     console.say(
@@ -143,9 +201,10 @@ def _shard(
     console.say_losses([Failure(**row) for row in rows])
     if rows:
         console.say(f"  all of them: {folder / 'failures.jsonl'}")
-    if lock is not None:
-        _account_for(lock, got, folder, {row["key"] for row in rows}, jobs)
-    console.say(f"next: pipeline inspect {folder}")
+    if dataset["stopped"]:
+        console.say(f"stopped: {dataset['stopped']}; the same command goes on")
+    else:
+        console.say(f"next: pipeline inspect {folder}")
     return {"folder": str(folder), **{k: dataset[k] for k in ("name", "counts", "root_sha256")}}
 
 

@@ -68,6 +68,13 @@ def facts_of(root: Path, name: str) -> dict[str, Any]:
     return said
 
 
+def state_of(root: Path, name: str) -> dict[str, str]:
+    """What decides all that `load` gives: each file's sha256, read in seconds where `load` takes half a minute."""
+    files = (FETCH_FILE, MANIFEST_FILE, LEDGER_FILE, f"{LEDGER_FILE}-wal")
+    paths = [folder_of(root, name) / file for file in files]
+    return {path.name: tables.sha256_of(path)[0] for path in paths if path.is_file()}
+
+
 def load(root: Path, name: str, *, need_media: bool = True) -> Fetched:
     """A dataset that was fetched under `root`; also one that is being fetched, as far as that has come.
 
@@ -91,13 +98,13 @@ def load(root: Path, name: str, *, need_media: bool = True) -> Fetched:
 
 def known(manifest: pa.Table, ledger: Ledger) -> pa.Table:
     """The clips of a manifest that the ledger has an outcome for, with the source, size and stretch that it knows."""
-    rows = ledger.columns("key", "source", "bytes", "start_s", "end_s")
-    place = pc.index_in(manifest["key"], pa.array(rows.pop("key"), pa.string())).combine_chunks()
+    rows = ledger.table("key", "source", "bytes", "start_s", "end_s")
+    place = pc.index_in(manifest["key"], rows["key"].combine_chunks()).combine_chunks()
     there = place.is_valid()
     manifest, place = manifest.filter(there), place.filter(there)
-    for name, values in rows.items():
+    for name in rows.column_names[1:]:
         field = tables.MANIFEST.field(name)
-        column = pa.array(values, field.type).take(place)
+        column = rows[name].combine_chunks().take(place)
         manifest = manifest.set_column(manifest.schema.get_field_index(name), field, column)
     return manifest
 

@@ -225,7 +225,7 @@ def to_ask(manifest: pa.Table, ledger: Ledger, retry: tuple[str, ...] = ()) -> p
     if retry:
         chosen = None if "all" in retry else retry
         return manifest.filter(pc.is_in(manifest["key"], pa.array(ledger.lost_keys(chosen), pa.string())))
-    tried = pa.array(ledger.columns("key")["key"], pa.string())
+    tried = ledger.table("key")["key"].combine_chunks()
     healing = [reason for reason, policy in POLICY.items() if policy != "final"]
     fresh = manifest.filter(pc.invert(pc.is_in(manifest["key"], tried)))
     again = manifest.filter(pc.is_in(manifest["key"], pa.array(ledger.lost_keys(healing), pa.string())))
@@ -234,7 +234,7 @@ def to_ask(manifest: pa.Table, ledger: Ledger, retry: tuple[str, ...] = ()) -> p
 
 def to_adopt(manifest: pa.Table, ledger: Ledger) -> pa.Table:
     """The clips that media already here may serve: all that are not had."""
-    had = pa.array(ledger.columns("key", outcome="had")["key"], pa.string())
+    had = ledger.table("key", outcome="had")["key"].combine_chunks()
     return manifest.filter(pc.invert(pc.is_in(manifest["key"], had))).combine_chunks()
 
 

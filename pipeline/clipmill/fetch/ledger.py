@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from clipmill.errors import TableError
 from clipmill.types import NO_SPLIT, Failure
 
@@ -36,6 +38,9 @@ _COLUMNS = """
     at REAL NOT NULL,       -- when, in seconds since 1970
     PRIMARY KEY (key, source)
 """
+
+_KINDS = dict(line.split()[:2] for line in _COLUMNS.replace(",", " ").strip().splitlines()[:-1])
+"""Column -> its SQLite type."""
 
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS outcomes ({_COLUMNS}) WITHOUT ROWID;
@@ -256,16 +261,23 @@ class Ledger:
         """(split, outcome, reason, clips, bytes) for each that is not zero."""
         return self._all("SELECT split, outcome, reason, clips, bytes FROM counts WHERE clips > 0")
 
-    def columns(self, *names: str, outcome: str | None = None) -> dict[str, list[Any]]:
+    def table(self, *names: str, outcome: str | None = None) -> pa.Table:
         """Columns of all rows that have a key, in order of key; of one outcome, or of any."""
         which = " AND outcome = ?" if outcome else ""
         query = f"SELECT {', '.join(names)} FROM outcomes WHERE key != ''{which} ORDER BY key"
-        found: dict[str, list[Any]] = {name: [] for name in names}
+        kinds = {"REAL": pa.float64(), "INTEGER": pa.int64()}
+        schema = pa.schema([(name, kinds.get(_KINDS[name], pa.string())) for name in names])
+        blocks = []
         with self._told("read"), closing(self._base.execute(query, (outcome,) if outcome else ())) as rows:
             while block := rows.fetchmany(50_000):
-                for name, values in zip(names, zip(*block, strict=True), strict=True):
-                    found[name] += values
-        return found
+                columns = zip(*block, strict=True)
+                values = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
+                blocks.append(pa.record_batch(values, schema=schema))
+        return pa.Table.from_batches(blocks, schema)
+
+    def columns(self, *names: str, outcome: str | None = None) -> dict[str, list[Any]]:
+        """`table` as lists."""
+        return self.table(*names, outcome=outcome).to_pydict()
 
     def pace(self, window_s: float = 3600.0) -> tuple[float, float] | None:
         """Clips tried and had an hour, over the last `window_s` of the last run; None where too little is known."""

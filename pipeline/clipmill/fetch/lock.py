@@ -143,9 +143,9 @@ def _hashes(
 ) -> dict[str, str | None]:
     """Source -> the hash of its content; None where it cannot be read."""
     sources = pc.unique(clips["source"]).to_pylist()
-    units = ((media_root, sources[i : i + _FILES_A_UNIT]) for i in range(0, len(sources), _FILES_A_UNIT))
+    units = [(media_root, sources[i : i + _FILES_A_UNIT]) for i in range(0, len(sources), _FILES_A_UNIT)]
     hashes: dict[str, str | None] = {}
-    for found in run_units(_hash_files, units, jobs):
+    for _, found in run_units(_hash_files, units, jobs):
         hashes |= found
         update(len(hashes), "")
     return hashes

@@ -54,7 +54,7 @@ def _had(folder: Path, wanted: pa.Table, warnings: list[str]) -> pa.Table:
         if not media.is_dir():
             media = folder / tables.read_json(folder / FETCH_FILE, "media_root")["media_root"]
         with Ledger(folder / LEDGER_FILE) as ledger:
-            had = pa.table(ledger.columns(*SCHEMA.names, outcome="had"), schema=SCHEMA)
+            had = ledger.table(*SCHEMA.names, outcome="had").cast(SCHEMA)
     except TableError as error:
         warnings.append(str(error))
         return SCHEMA.empty_table()

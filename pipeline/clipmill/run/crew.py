@@ -1,46 +1,64 @@
-"""Worker processes for jobs that may hang, crash or be killed: each has a time limit and a pipe of its own.
+"""Worker processes for jobs that may hang, crash or be killed: each has a time limit and pipes of its own.
 
-joblib's pool is for units that are all needed; when a worker of it dies, the run ends. Here
-a job that takes too long, or takes its worker with it, costs that job alone. Workers share
-no lock, so that one may be killed at any instant without harm to the others; they end, with
-every process they started, as soon as their parent does.
+joblib's pools are for units of minutes that are all needed, and lose their other units with a
+worker that dies. Here a job that takes too long, needs too much memory, or takes its worker
+with it costs that job alone. Workers share no lock, so that one may be killed at any instant
+without harm to the others; they end, with every process they started, as soon as their parent
+does. They are plain subprocesses, because those that other pools run us in may be daemons,
+whom multiprocessing allows no children.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import fcntl
 import os
+import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 Job = TypeVar("Job")
 
-_SPAWN = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
 _WATCH_EVERY_S = 0.5
-_JOBS_A_WORKER = 500  # then it is replaced, whatever its libraries leaked
 _STARTING_S = 120.0  # for a worker to start and import what its job needs, which is not the job's time
 _BEGUN = "begun"
+_PIPE_BYTES = 1 << 20  # what an unprivileged process may ask for: most results then pass in one piece
+
+_PROGRAM = "import sys; from clipmill.run.crew import work; work(*map(int, sys.argv[1:]))"
+# A worker is one process among as many as there are cores: its libraries must not start threads for all of them.
+_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1") | {
+    # Arrays of some megabytes come and go with every job: given back to the system each time, as glibc would do,
+    # their pages take longer to have again than most of the work on them.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
+    "MALLOC_TOP_PAD_": str(16 << 20),
+}
 
 
 @dataclass(frozen=True)
 class Lost:
-    """Why a job has no result: `reason` is "timeout" (it was killed) or "tool-error" (its worker died)."""
+    """Why a job has no result: `reason` is "timeout" (it was killed) or "tool-error" (its worker died).
+
+    `signal` is the number of the signal that ended the worker, where one did.
+    """
 
     reason: str
     message: str
+    signal: int | None = None
 
 
 @dataclass
 class _Worker:
-    process: BaseProcess
-    pipe: Connection
+    process: subprocess.Popen[bytes]
+    jobs: Connection
+    answers: Connection
     job: Any = None
     busy: bool = False
     limit_s: float = 0.0
@@ -52,16 +70,35 @@ class Crew(Generic[Job]):
     """At most `size` processes that call `function`; to be used in a `with`, which ends with all of them dead.
 
     An error that `function` raises is raised by `results` in the caller's process.
+
+    Args:
+        function: can be imported by its name; so can what it is given and gives.
+        size: how many processes at most.
+        memory_mb: how much memory a job may take beside what its worker has when it has started; more
+            raises MemoryError in `function`, or ends its worker. None: any.
+        renew_after: a worker that has done so many jobs is replaced, whatever its libraries leaked.
     """
 
-    def __init__(self, function: Callable[[Job], Any], size: int) -> None:
+    def __init__(
+        self,
+        function: Callable[[Job], Any],
+        size: int,
+        *,
+        memory_mb: int | None = None,
+        renew_after: int = 500,
+    ) -> None:
         self._function, self._size = function, size
+        self._memory_mb, self._renew_after = memory_mb, renew_after
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> Crew[Job]:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all workers, whatever they are at."""
         for worker in list(self._workers):
             self._end(worker)
 
@@ -83,23 +120,23 @@ class Crew(Generic[Job]):
         """
         if not self.free:
             raise RuntimeError("no worker is free")
-        for worker in [w for w in self._workers if not w.busy and not w.process.is_alive()]:
+        for worker in [w for w in self._workers if not w.busy and w.process.poll() is not None]:
             self._end(worker)  # killed while it was idle
         worker = next((worker for worker in self._workers if not worker.busy), None) or self._hire()
         worker.job, worker.busy, worker.limit_s = job, True, limit_s
-        worker.deadline = time.monotonic() + _STARTING_S
+        worker.deadline = time.monotonic() + (limit_s if worker.done else _STARTING_S)
         with contextlib.suppress(OSError):  # it died idle, and `results` will see that
-            worker.pipe.send((self._function, job))
+            worker.jobs.send((self._function, job, self._memory_mb))
 
     def results(self, wait_s: float) -> list[tuple[Job, Any]]:
         """What has come to an end by now, or within `wait_s`: each job with its result, or with a `Lost`."""
         busy = [worker for worker in self._workers if worker.busy]
         now = time.monotonic()
         patience = min([wait_s, *(worker.deadline - now for worker in busy)])
-        ready = set(wait([worker.pipe for worker in busy], max(patience, 0.0)))
+        ready = set(wait([worker.answers for worker in busy], max(patience, 0.0)))
         found = []
         for worker in busy:
-            if worker.pipe in ready:
+            if worker.answers in ready:
                 job, answer = worker.job, self._take(worker)
                 if answer != _BEGUN:
                     found.append((job, answer))
@@ -108,66 +145,104 @@ class Crew(Generic[Job]):
                 found.append((worker.job, Lost("timeout", f"took longer than {worker.limit_s:g} s")))
         return found
 
+    def ask(self, job: Job, limit_s: float) -> Any:
+        """Give one job and wait for its result, or its `Lost`; for a crew that has nothing else in flight."""
+        self.give(job, limit_s)
+        while not (found := self.results(_STARTING_S)):
+            pass
+        return found[0][1]
+
     def _take(self, worker: _Worker) -> Any:
         try:
-            answer = worker.pipe.recv()
+            answer = worker.answers.recv()
         except (EOFError, OSError):
-            worker.process.join(1)
-            code = worker.process.exitcode
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(1)
+            code = worker.process.returncode
             self._end(worker)
-            return Lost("tool-error", f"its worker process died (exit code {code})")
+            ended = f"its worker process died (exit code {code})"
+            return Lost("tool-error", ended, -code if code is not None and code < 0 else None)
         if answer == _BEGUN:
             worker.deadline = time.monotonic() + worker.limit_s
             return answer
         result, error = answer
         worker.busy, worker.job = False, None
         worker.done += 1
-        if worker.done >= _JOBS_A_WORKER:
+        if worker.done >= self._renew_after:
             self._end(worker)
         if error is not None:
             raise error
         return result
 
     def _hire(self) -> _Worker:
-        ours, theirs = _SPAWN.Pipe()
-        process = _SPAWN.Process(target=_work, args=(theirs, os.getpid()), daemon=True)
-        process.start()
-        theirs.close()
-        worker = _Worker(process, ours)
+        (jobs_out, jobs_in), (answers_out, answers_in) = os.pipe(), os.pipe()
+        for pipe in (jobs_in, answers_in):
+            with contextlib.suppress(OSError):  # refused where a user's pipes are many already
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, *map(str, (jobs_out, answers_in, os.getpid()))],
+                pass_fds=(jobs_out, answers_in),
+                stdin=subprocess.DEVNULL,
+                env=os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,  # killing its group kills its children, and Ctrl-C goes to the parent alone
+            )
+        finally:
+            os.close(jobs_out)
+            os.close(answers_in)
+        worker = _Worker(
+            process, Connection(jobs_in, readable=False), Connection(answers_out, writable=False)
+        )
         self._workers.append(worker)
         return worker
 
     def _end(self, worker: _Worker) -> None:
         """Kill a worker and whatever it started."""
         self._workers.remove(worker)
-        for kill in (lambda: os.killpg(worker.process.pid or 0, signal.SIGKILL), worker.process.kill):
+        if worker.process.returncode is None:  # else its number may be another's by now
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                kill()
-        worker.process.join()
-        worker.pipe.close()
+                os.killpg(worker.process.pid, signal.SIGKILL)
+            worker.process.kill()
+            worker.process.wait()
+        worker.jobs.close()
+        worker.answers.close()
 
 
-def _work(pipe: Connection, parent: int) -> None:
-    """A worker's life: take a job, do it, send what came of it."""
-    os.setsid()  # a group of its own: killing it kills its children, and Ctrl-C goes to the parent alone
+def work(jobs_fd: int, answers_fd: int, parent: int) -> None:
+    """A worker's life: take a job, do it, send what came of it; `parent` is the process to die with."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    jobs, answers = Connection(jobs_fd, writable=False), Connection(answers_fd, readable=False)
+    begun = False
     while True:
         try:
-            function, job = pipe.recv()
+            function, job, memory_mb = jobs.recv()
         except (EOFError, OSError):
             return
         try:
-            pipe.send(_BEGUN)
+            if not begun:  # what it needs has been imported with the function
+                _limit_memory(memory_mb)
+                answers.send(_BEGUN)
+                begun = True
             answer: tuple[Any, Exception | None] = function(job), None
         except Exception as error:
             answer = None, error
         try:
-            pipe.send(answer)
+            answers.send(answer)
         except OSError:
             return
         except Exception as error:  # an error that cannot be pickled
-            pipe.send((None, RuntimeError(f"{type(error).__name__}: {error}")))
+            answers.send((None, RuntimeError(f"{type(error).__name__}: {error}")))
+
+
+def _limit_memory(more_mb: int | None) -> None:
+    if more_mb is None:
+        return
+    with open("/proc/self/statm") as file:
+        has = int(file.read().split()[0]) * resource.getpagesize()
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = has + (more_mb << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if most < 0 else min(limit, most), most))
 
 
 def _die_with(parent: int) -> None:

@@ -2,37 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from clipmill.errors import RunError
-
-Unit = TypeVar("Unit")
-Result = TypeVar("Result")
+_WATCH_EVERY_S = 0.5
 
 
-def run_units(function: Callable[[Unit], Result], units: Iterable[Unit], jobs: int) -> Iterator[Result]:
-    """Call `function` on every unit in `jobs` processes (1: in this one); yield results in any order.
+@dataclass(frozen=True)
+class Local:
+    """`jobs` processes of this machine; 1: this process itself."""
 
-    An error in a unit ends the run and is raised here; units in flight are dropped.
+    jobs: int = 1
 
-    Raises:
-        RunError: a worker process died (killed, or out of memory).
-    """
-    from joblib import Parallel, delayed
-    from joblib.externals.loky import get_reusable_executor
-    from joblib.externals.loky.process_executor import TerminatedWorkerError
+    def run(
+        self, function: Callable[[Any], Any], units: Sequence[Any]
+    ) -> Generator[tuple[int, Any], None, None]:
+        """See `clipmill.run.Engine`; a worker that dies ends the round."""
+        if self.jobs == 1:
+            for place, unit in enumerate(units):
+                yield place, function(unit)
+            return
+        from joblib import Parallel, delayed
+        from joblib.externals.loky import get_reusable_executor
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    # One unit at a time and few in advance: units are minutes of work, and their arguments are not small.
-    pool = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")
-    try:
-        yield from pool(delayed(function)(unit) for unit in units)
-    except TerminatedWorkerError as error:
-        raise RunError(
-            "a worker process was killed, or ran out of memory; what is finished stays finished: "
-            "run the same command again, with a smaller --jobs if memory was short"
-        ) from error
-    finally:
-        if jobs > 1:
+        # One unit at a time and few in advance: units are minutes of work, and their arguments are not small.
+        pool = Parallel(
+            n_jobs=self.jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs"
+        )
+        call = _Call(function, os.getpid())
+        try:
+            yield from pool(delayed(call)(place, unit) for place, unit in enumerate(units))
+        except TerminatedWorkerError:
+            return
+        finally:
             # Left to itself the pool lives on for minutes, in the way of what comes next.
             get_reusable_executor().shutdown(wait=True, kill_workers=True)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """`function`, in a worker that ends with the process that started it."""
+
+    function: Callable[[Any], Any]
+    parent: int
+
+    def __call__(self, place: int, unit: Any) -> tuple[int, Any]:
+        _watch(self.parent)
+        return place, self.function(unit)
+
+
+_watched = threading.Event()
+
+
+def _watch(parent: int) -> None:
+    """joblib's workers would wait for work for minutes after their parent was killed."""
+    if not _watched.is_set():
+        _watched.set()
+        threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+
+
+def _die_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_WATCH_EVERY_S)
+    os._exit(1)

@@ -6,9 +6,9 @@ members in the order given, no timestamps.
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +21,13 @@ from clipmill.audio import SUFFIXES, encode
 class ShardWriter(Protocol):
     """Writes clips one after the other; `close` returns where each landed: (offset, length) or (None, None)."""
 
-    def add(self, key: str, samples: NDArray[np.int16], facts: dict[str, Any]) -> None:
-        """Append a clip: int16 `[samples]`, and the facts that go with it (JSON-able)."""
+    @staticmethod
+    def encoded(samples: NDArray[np.int16], rate: int, encoding: str) -> bytes:
+        """A clip's int16 `[samples]` as the bytes that the shard keeps of it."""
+        ...
+
+    def add(self, key: str, audio: bytes | memoryview, facts: dict[str, Any]) -> None:
+        """Append a clip: what `encoded` gave, and the facts that go with it (JSON-able)."""
         ...
 
     def close(self) -> list[tuple[int | None, int | None]]:
@@ -33,32 +38,41 @@ class ShardWriter(Protocol):
 class TarShard:
     """A WebDataset shard: `key.flac` (or `key.wav`) and `key.json` next to each other, in plain USTAR.
 
-    Written by tarfile rather than webdataset's TarWriter, which gives the same bytes but
-    imports torch: half a gigabyte in every worker.
+    Headers are tarfile's; webdataset's TarWriter gives the same bytes, but imports torch: half a
+    gigabyte in every worker. Members go straight to the file: tarfile copies them in small pieces,
+    which takes three times as long.
     """
 
     def __init__(self, path: Path, rate: int, encoding: str, labels: tuple[str, ...]) -> None:
-        self._rate, self._encoding = rate, encoding
-        self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - `close` closes it
+        self._encoding = encoding
+        self._file = open(path, "wb")  # noqa: SIM115 - `close` closes it
+        self._end = 0
         self._places: list[tuple[int | None, int | None]] = []
 
-    def add(self, key: str, samples: NDArray[np.int16], facts: dict[str, Any]) -> None:
+    @staticmethod
+    def encoded(samples: NDArray[np.int16], rate: int, encoding: str) -> bytes:
+        """A whole FLAC or WAV file."""
+        return encode(samples, rate, encoding)
+
+    def add(self, key: str, audio: bytes | memoryview, facts: dict[str, Any]) -> None:
         """Append a clip's two members."""
-        audio = encode(samples, self._rate, self._encoding)
+        self._places.append((self._end + tarfile.BLOCKSIZE, len(audio)))
         self._member(f"{key}.{SUFFIXES[self._encoding]}", audio)
-        # The tar's position is now past the audio and its padding to whole blocks of 512.
-        self._places.append((self._tar.offset - -(-len(audio) // 512) * 512, len(audio)))
         self._member(f"{key}.json", json.dumps(facts, sort_keys=True, ensure_ascii=False).encode())
 
-    def _member(self, name: str, data: bytes) -> None:
+    def _member(self, name: str, data: bytes | memoryview) -> None:
         info = tarfile.TarInfo(name)
         info.size, info.mode, info.mtime = len(data), 0o444, 0
         info.uname = info.gname = "clipmill"
-        self._tar.addfile(info, io.BytesIO(data))
+        padding = bytes(-len(data) % tarfile.BLOCKSIZE)
+        for part in (info.tobuf(tarfile.USTAR_FORMAT), data, padding):
+            self._end += self._file.write(part)
 
     def close(self) -> list[tuple[int | None, int | None]]:
-        """Finish the tar."""
-        self._tar.close()
+        """Finish the tar: two empty blocks, and more up to a whole record."""
+        end = self._end + 2 * tarfile.BLOCKSIZE
+        with self._file:
+            self._file.write(bytes(-(-end // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - self._end))
         return self._places
 
 
@@ -77,9 +91,8 @@ class Hdf5Shard:
     def __init__(self, path: Path, rate: int, encoding: str, labels: tuple[str, ...]) -> None:
         import h5py
 
-        # Built in memory: HDF5 itself, when the disk fills up under it, ends the whole process.
-        self._path, self._bytes = path, io.BytesIO()
-        self._file = h5py.File(self._bytes, "w", libver=("v110", "v110"))
+        self._disk = _Disk(path)
+        self._file = h5py.File(self._disk, "w", libver=("v110", "v110"))
         self._rate, self._encoding, self._labels = rate, encoding, labels
         self._ids = {label: place for place, label in enumerate(labels)}
         self._keys: list[str] = []
@@ -91,13 +104,18 @@ class Hdf5Shard:
             name, (0,), h5py.vlen_dtype(np.dtype(kind)), maxshape=(None,), chunks=(256,)
         )
 
-    def add(self, key: str, samples: NDArray[np.int16], facts: dict[str, Any]) -> None:
+    @staticmethod
+    def encoded(samples: NDArray[np.int16], rate: int, encoding: str) -> bytes:
+        """A whole FLAC file, or the samples as they are."""
+        return samples.tobytes() if encoding == "pcm16" else encode(samples, rate, encoding)
+
+    def add(self, key: str, audio: bytes | memoryview, facts: dict[str, Any]) -> None:
         """Append a clip."""
         place = len(self._keys)
         if place == len(self._audio):
             self._audio.resize((place + 256,))
-        pcm = self._encoding == "pcm16"
-        self._audio[place] = samples if pcm else np.frombuffer(encode(samples, self._rate, "flac"), np.uint8)
+        self._audio[place] = np.frombuffer(audio, "<i2" if self._encoding == "pcm16" else "u1")
+        self._disk.check()
         self._keys.append(key)
         self._facts.append(json.dumps(facts, sort_keys=True, ensure_ascii=False))
         target = np.zeros(len(self._labels), bool)
@@ -106,8 +124,16 @@ class Hdf5Shard:
 
     def close(self) -> list[tuple[int | None, int | None]]:
         """Write the small fields and finish the file."""
+        try:
+            self._finish()
+        finally:
+            self._disk.close()
+        return [(None, None)] * len(self._keys)
+
+    def _finish(self) -> None:
         import h5py
 
+        self._disk.check()
         clips = len(self._keys)
         self._audio.resize((clips,))
         width = max((len(key) for key in self._keys), default=1)
@@ -117,8 +143,50 @@ class Hdf5Shard:
         self._file.attrs["sample_rate"] = self._rate
         self._file.attrs["labels"] = json.dumps(self._labels, ensure_ascii=False)
         self._file.close()
-        self._path.write_bytes(self._bytes.getbuffer())
-        return [(None, None)] * clips
+
+
+class _Disk:
+    """A file for HDF5 to write to that never fails under it: left to itself, HDF5 ends the process on a full disk.
+
+    What cannot be written is dropped, and the error is raised by `check` and `close`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "w+b")  # noqa: SIM115 - `close` closes it
+        self._error: OSError | None = None
+        self.seek, self.tell = self._file.seek, self._file.tell
+        self.read, self.readinto = self._file.read, self._file.readinto
+
+    def write(self, data: memoryview) -> int:
+        """Write, or remember why not."""
+        self._try(lambda: self._file.write(data))
+        return len(data)
+
+    def flush(self) -> None:
+        """Flush, or remember why not."""
+        self._try(self._file.flush)
+
+    def truncate(self, size: int) -> int:
+        """Truncate, or remember why not."""
+        self._try(lambda: self._file.truncate(size))
+        return size
+
+    def _try(self, do: Callable[[], Any]) -> None:
+        if self._error is None:
+            try:
+                do()
+            except OSError as error:
+                self._error = error
+
+    def check(self) -> None:
+        """Raise the first error."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Close the file, and raise the first error."""
+        self._try(self._file.close)
+        self.check()
 
 
 WRITERS: dict[str, type[TarShard] | type[Hdf5Shard]] = {"webdataset": TarShard, "hdf5": Hdf5Shard}

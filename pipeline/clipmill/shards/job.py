@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from clipmill import __version__, tables
-from clipmill.audio import codec_versions
-from clipmill.errors import ShardError
-from clipmill.run import run_units
-from clipmill.shards.plan import FORMATS, ShardSpec, Unit, plan
+from clipmill import tables
+from clipmill.errors import RunError, ShardError
+from clipmill.run import Engine, Local, Lost, run_rounds
+from clipmill.shards.account import DATASET_FILE, put_together
+from clipmill.shards.metadata import check_metadata
+from clipmill.shards.plan import (
+    FORMATS,
+    PLAN_FILE,
+    Layout,
+    ShardSpec,
+    Unit,
+    difference,
+    lay_out,
+    plan,
+    read_layout,
+    wanted,
+    write_layout,
+)
+from clipmill.shards.prepare import Limits
 from clipmill.shards.write import build, read_record, record_path
 from clipmill.types import Failure, ShardRecord
 
@@ -33,11 +47,19 @@ def make_shards(
     spec: ShardSpec,
     *,
     about: dict[str, Any] | None = None,
-    jobs: int = 1,
+    made_from: dict[str, str] | None = None,
+    engine: Engine | None = None,
+    limits: Limits | None = None,
+    append: bool = False,
+    retry: Collection[str] = (),
     overwrite: bool = False,
     update: Update = lambda done, facts: None,
 ) -> dict[str, Any]:
     """Build all shards of a dataset under `out`, skipping the finished ones; returns dataset.json's contents.
+
+    Shards that cannot be built, because their workers were lost each time or the disk does not
+    let us write, cost their clips, which become failures with the reason `not-built`; all else
+    is put together, and `stopped` says why. The same command goes on.
 
     Args:
         name: the dataset's name; shards are called `<name>-<split>-000000.<ext>`.
@@ -47,135 +69,184 @@ def make_shards(
         out: the folder of the shards.
         spec: every choice that decides the bytes.
         about: title, licence, citation and the like, copied into dataset.json.
-        jobs: worker processes.
+        made_from: hashes of what `manifest` and `losses` were read from; see `unchanged`.
+        engine: where shards are built; this process by default.
+        limits: what one clip may cost.
+        append: put clips that the shards there were not planned for into new shards.
+        retry: build those finished shards anew that lost clips for one of these reasons.
         overwrite: build every shard anew, instead of keeping the finished ones.
         update: called with (clips done, facts) as shards are finished.
 
     Raises:
         ShardError: nothing to write, or `out` holds shards of another plan.
         TableError: another run is writing to `out`, or a record there is damaged.
-        OSError: the disk is full or does not let us write.
+        OSError: the disk is full or does not let us write, not even the account.
     """
     losses = list(losses)
-    units = plan(name, manifest, [loss.key for loss in losses if loss.key], media_root, out, spec)
+    manifest_of_all, manifest = manifest, wanted(name, manifest, [loss.key for loss in losses if loss.key])
     with tables.locked(out):
-        finished = _finished(name, units, out, spec, overwrite)
-        done = sum(r.counts["clips"] for r in finished.values())
-        failed = sum(r.counts["failed"] for r in finished.values())
-        update(done, f"failed {failed}")
-        # Of each record only the account is kept: the index rows of two million clips would not fit in memory.
-        try:
-            for record in run_units(build, [u for u in units if u.shard not in finished], jobs):
-                done, failed = done + record.counts["clips"], failed + record.counts["failed"]
-                update(done, f"failed {failed}")
-        finally:
-            # Ours, or left by a run that was killed: nobody else writes here while the folder is held.
-            for leftover in out.glob(f".{name}-*.tmp"):
-                leftover.unlink(missing_ok=True)
-        return _put_together(name, units, manifest.num_rows, losses, out, spec, about or {})
+        layout = _layout(name, manifest, out, spec, append, overwrite)
+        units = plan(layout, manifest, media_root, out, limits)
+        finished = _finished(name, units, out, retry)
+        left = [unit for unit in units if unit.name not in finished]
+        stopped, not_built = _build(left, engine or Local(), finished, update)
+        # Ours, or left by a run that was killed: nobody else writes here while the folder is held.
+        for leftover in out.glob(f".{name}-*.tmp"):
+            leftover.unlink(missing_ok=True)
+        return put_together(
+            out,
+            name,
+            spec,
+            layout.labels,
+            [unit.name for unit in units if unit.name not in not_built],
+            [asdict(loss) for loss in losses] + _rows_of(units, not_built),
+            manifest_of_all.num_rows,
+            about=about or {},
+            made_from=made_from or {},
+            stopped=stopped,
+        )
 
 
-def _finished(
-    name: str, units: list[Unit], out: Path, spec: ShardSpec, overwrite: bool
-) -> dict[str, ShardRecord]:
-    """The records of the shards that need not be built.
+def unchanged(out: Path, spec: ShardSpec, made_from: dict[str, str]) -> dict[str, Any] | None:
+    """dataset.json's contents where all shards are finished, of just this spec and input; else None.
 
-    Shards of another plan, and files that are none of ours, are refused. With `overwrite`
-    all shards of this dataset go, so that every one is built anew; never anything else.
+    Looks at the size of every shard and at the bytes of the tables: what takes seconds with two
+    million clips, where planning them takes half a minute.
     """
-    planned = {unit.shard: unit for unit in units}
+    path = out / DATASET_FILE
+    if not path.is_file() or not (out / PLAN_FILE).is_file():
+        return None
+    said = tables.read_json(path)
+    known = {"spec": asdict(spec), "made_from": made_from, "stopped": ""}
+    if not isinstance(said, dict) or any(said.get(name) != value for name, value in known.items()):
+        return None
+    with os.scandir(out) as entries:
+        sizes = {entry.name: entry.stat().st_size for entry in entries}
+    for entry in said["shards"]:
+        if sizes.get(entry["shard"]) != entry["bytes"] or record_path(Path(entry["shard"])).name not in sizes:
+            return None
+    files = said["files"].items()
+    whole = all(file in sizes and tables.sha256_of(out / file)[0] == digest for file, digest in files)
+    return said if whole and not check_metadata(out, said) else None
+
+
+def _layout(
+    name: str, manifest: pa.Table, out: Path, spec: ShardSpec, append: bool, overwrite: bool
+) -> Layout:
+    """Which clip goes where: as planned before, with the new clips after them, or all anew; kept in `out`.
+
+    Files that are none of this dataset's shards are refused, and with `overwrite` all that are go.
+    """
     ours = re.compile(re.escape(name) + r"-[a-z_]+-\d{6}\.\w+")
-    finished = {}
-    for path in sorted(file for ext in FORMATS.values() for file in out.glob(f"*.{ext}")):
+    shards = sorted(file for ext in FORMATS.values() for file in out.glob(f"*.{ext}"))
+    for path in shards:
         if not path.is_file() or not ours.fullmatch(path.name):
             raise ShardError(
                 f"{path}: is no shard of {name}; move it away, or write somewhere else with --out DIR"
             )
-        if overwrite:
-            record_path(path).unlink(missing_ok=True)
-            path.unlink()
+    if overwrite:
+        for path in (out / PLAN_FILE, *shards, *map(record_path, shards)):
+            path.unlink(missing_ok=True)
+    before = read_layout(out)
+    if before is None:
+        layout = lay_out(name, manifest, spec)
+    elif other := difference(before.spec, spec):
+        raise ShardError(
+            f"{out}: its shards were planned with {other}; --overwrite builds all anew, --out DIR writes somewhere else"
+        )
+    else:
+        layout = _extended(name, manifest, out, spec, before, append)
+    strange = sorted({path.name for path in shards if path.exists()} - set(layout.table["shard"].to_pylist()))
+    if strange:
+        raise ShardError(
+            f"{out / strange[0]}: was made from another plan; --overwrite builds all shards anew, "
+            "--out DIR writes somewhere else"
+        )
+    if before is not layout:
+        write_layout(out, layout)
+    return layout
+
+
+def _extended(
+    name: str, manifest: pa.Table, out: Path, spec: ShardSpec, before: Layout, append: bool
+) -> Layout:
+    new = manifest.filter(pc.invert(pc.is_in(manifest["key"], before.table["key"].combine_chunks())))
+    if not new.num_rows:
+        return before
+    if not append:
+        raise ShardError(
+            f"{out}: {new.num_rows} clips, such as {new['key'][0].as_py()}, have come since these shards were planned; "
+            "--append adds them as new shards, --overwrite builds all anew, --out DIR writes somewhere else"
+        )
+    after = lay_out(name, manifest, spec, before)
+    if spec.format == "hdf5" and after.labels != before.labels:
+        unknown = sorted(set(after.labels) - set(before.labels))
+        raise ShardError(
+            f"{out}: --append: the new clips have {len(unknown)} classes, such as {unknown[0]!r}, that the targets of "
+            "the HDF5 shards there do not; --overwrite builds all anew, --out DIR writes somewhere else"
+        )
+    return after
+
+
+def _finished(name: str, units: list[Unit], out: Path, retry: Collection[str]) -> dict[str, dict[str, int]]:
+    """The counts of the shards that need not be built; those to be tried again lose their records."""
+    finished = {}
+    for unit in units:
+        # Of each record only the account is kept: the index rows of two million clips would not fit in memory.
+        record = read_record(out / unit.name)
+        if record is None:
             continue
-        record = read_record(path)
-        unit = planned.get(path.name)
-        if record is not None and unit is not None and record.unit == unit.hash:
-            finished[path.name] = record
-        elif record is not None or unit is None:
-            why = _difference(record, spec) if record else "another plan"
-            raise ShardError(
-                f"{path}: was made from {why}; --overwrite builds all shards anew, --out DIR writes somewhere else"
-            )
+        if record.unit != unit.hash:
+            raise ShardError(_changed(out / unit.name, record, unit))
+        if any(failure["reason"] in retry for failure in record.failures):
+            record_path(out / unit.name).unlink()
+        else:
+            finished[unit.name] = record.counts
     return finished
 
 
-def _difference(record: ShardRecord, spec: ShardSpec) -> str:
-    now = asdict(spec)
-    fields = [f"{k} {record.spec[k]!r} (now {now[k]!r})" for k in now if record.spec.get(k) != now[k]]
-    return ", ".join(fields) if fields else "other clips (the manifest has changed since)"
-
-
-def _put_together(
-    name: str,
-    units: list[Unit],
-    wanted: int,
-    losses: list[Failure],
-    out: Path,
-    spec: ShardSpec,
-    about: dict[str, Any],
-) -> dict[str, Any]:
-    """Write index.parquet, failures.jsonl and dataset.json from the records; check that counts reconcile."""
-    parts, shards, failures = [], [], [asdict(loss) for loss in losses]
-    for unit in units:
-        record = read_record(out / unit.shard)
-        if record is None:
-            raise ShardError(
-                f"{out / unit.shard}: vanished or changed while the job ran; run the same command again"
-            )
-        parts.append(pa.table(record.index, schema=tables.INDEX))
-        shards.append({"shard": record.shard, "sha256": record.sha256, "bytes": record.size, **record.counts})
-        failures += record.failures
-    index = pa.concat_tables(parts)
-    failures = tables.in_order(failures)
-    counts = _counts(wanted, index.num_rows, failures)
-    tables.write_table(out / "index.parquet", index)
-    tables.write_jsonl(out / "failures.jsonl", failures)
-    dataset = {
-        "name": name,
-        "about": about,
-        "spec": asdict(spec),
-        "versions": versions(),
-        "counts": counts,
-        "labels": list(units[0].labels),
-        "shards": shards,
-        "root_sha256": root_sha256(shards),
-    }
-    tables.write_json(out / "dataset.json", dataset)
-    return dataset
-
-
-def _counts(wanted: int, written: int, failures: list[dict[str, Any]]) -> dict[str, Any]:
-    """The account: in = written + failed + skipped, where in counts the clips wanted and the files passed over."""
-    outcomes = Counter(row["outcome"] for row in failures)
-    passed_over = sum(1 for row in failures if not row["key"])
-    counts: dict[str, Any] = {
-        "in": wanted + passed_over,
-        "written": written,
-        "failed": outcomes["failed"],
-        "skipped": outcomes["skipped"],
-        "reasons": dict(sorted(Counter(row["reason"] for row in failures).items())),
-    }
-    if counts["in"] != counts["written"] + counts["failed"] + counts["skipped"]:
-        raise ShardError(f"the account does not reconcile: {counts}; please report this")
-    return counts
-
-
-def root_sha256(shards: list[dict[str, Any]]) -> str:
-    """One hash for all shards: sha256 over the lines `<sha256>  <file name>`, as sha256sum prints them."""
-    lines = (f"{shard['sha256']}  {shard['shard']}\n" for shard in sorted(shards, key=lambda s: s["shard"]))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """The versions of everything that decides the bytes."""
+def _changed(path: Path, record: ShardRecord, unit: Unit) -> str:
+    now = {row["key"]: row for row in unit.clips.to_pylist()}
+    had = dict(zip(record.index["key"], record.index["source"], strict=True))
+    had |= {failure["key"]: failure["source"] for failure in record.failures}
+    moved = sorted(key for key, source in had.items() if key in now and now[key]["source"] != source)
+    what = f" (the source of {moved[0]} is another one)" if moved else ""
     return (
-        {"clipmill": __version__} | codec_versions() | {n: version(n) for n in ("h5py", "numpy", "pyarrow")}
+        f"{path}: was made from other clips: the manifest has changed since{what}; "
+        "--overwrite builds all shards anew, --out DIR writes somewhere else"
     )
+
+
+def _build(
+    units: Sequence[Unit], engine: Engine, finished: dict[str, dict[str, int]], update: Update
+) -> tuple[str, dict[str, str]]:
+    """Build the units; return why that stopped before its end ("": it did not), and what is not built and why."""
+    done = sum(counts["clips"] for counts in finished.values())
+    failed = sum(counts["failed"] for counts in finished.values())
+    not_built = {unit.name: "" for unit in units}
+    stopped = ""
+    update(done, f"failed {failed}")
+    try:
+        with closing(run_rounds(build, units, engine)) as results:
+            for place, result in results:
+                if isinstance(result, Lost):
+                    not_built[units[place].name] = stopped = result.message
+                    continue
+                del not_built[units[place].name]
+                done, failed = done + result["clips"], failed + result["failed"]
+                update(done, f"failed {failed}")
+    except OSError as error:
+        stopped = f"{error.filename or units[0].out}: {error.strerror or error}"
+    except (RunError, ShardError) as error:
+        stopped = str(error)
+    return stopped, {shard: why or stopped for shard, why in not_built.items()}
+
+
+def _rows_of(units: Sequence[Unit], not_built: dict[str, str]) -> list[dict[str, Any]]:
+    """The clips of shards that are not built, as failures."""
+    return [
+        asdict(Failure(key, source, "shard", "failed", "not-built", not_built[unit.name]))
+        for unit in units
+        if unit.name in not_built
+        for key, source in zip(unit.clips["key"].to_pylist(), unit.clips["source"].to_pylist(), strict=True)
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+import pyarrow.compute as pc
 
 from clipmill import tables
 from clipmill.errors import ShardError, TableError
 from clipmill.run import run_units
-from clipmill.shards.job import root_sha256
+from clipmill.shards.account import root_sha256
+from clipmill.shards.metadata import check_metadata
 from clipmill.shards.plan import FORMATS
-from clipmill.shards.read import Shards
+from clipmill.shards.read import Shards, rows_by_value
 from clipmill.shards.write import read_record, record_path
 
 
@@ -47,10 +47,12 @@ def verify(
     shards = Shards.open(where)
     listed = {entry["shard"]: entry for entry in shards.info["shards"]}
     asked = sorted(shards.files)
-    rows = _rows_by_value(shards.index["shard"].to_numpy())
-    jobs_to_do = [(shards.take(rows.get(name, np.zeros(0, np.int64))), listed[name]) for name in asked]
+    rows = rows_by_value(shards.index["shard"].to_numpy())
+    jobs_to_do = [
+        (shards.take(rows.get(name, np.zeros(0, np.int64))).light(), listed[name]) for name in asked
+    ]
     problems: list[str] = []
-    for done, found in enumerate(run_units(_check_shard, jobs_to_do, jobs), 1):
+    for done, (_, found) in enumerate(run_units(_check_shard, jobs_to_do, jobs), 1):
         problems += found
         update(done, f"problems {len(problems)}")
     if shards.whole:
@@ -58,13 +60,6 @@ def verify(
     total = sum(listed[name]["bytes"] for name in asked)
     root = shards.info["root_sha256"] if shards.whole else None
     return Verdict(len(asked), len(shards), total, root, sorted(problems))
-
-
-def _rows_by_value(values: NDArray[Any]) -> dict[str, NDArray[np.int64]]:
-    """Value -> the rows that have it."""
-    order = np.argsort(values, kind="stable")
-    found, firsts = np.unique(values[order], return_index=True)
-    return dict(zip(found.tolist(), np.split(order, firsts[1:]), strict=True)) if len(found) else {}
 
 
 def _check_shard(job: tuple[Shards, dict[str, Any]]) -> list[str]:
@@ -76,13 +71,15 @@ def _check_shard(job: tuple[Shards, dict[str, Any]]) -> list[str]:
         return [f"{name}: is missing"]
     problems = []
     digest, size = tables.sha256_of(path)
-    if digest != entry["sha256"]:
+    if size < entry["bytes"]:
+        problems.append(f"{name}: is cut short: {size} bytes of {entry['bytes']}")
+    elif digest != entry["sha256"]:
         problems.append(
             f"{name}: its sha256 is not the one recorded ({size} bytes, recorded {entry['bytes']})"
         )
     problems += _check_record(path, entry, part)
     if len(part) != entry["written"]:
-        problems.append(f"{name}: the index has {len(part)} clips of it, recorded are {entry['written']}")
+        problems.append(f"{name}: index.parquet has {len(part)} clips of it, recorded are {entry['written']}")
     keys, hashes = part.index["key"].to_pylist(), part.index["sha256"].to_pylist()
     for row, (key, expected) in enumerate(zip(keys, hashes, strict=True)):
         try:
@@ -108,7 +105,7 @@ def _check_record(path: Path, entry: dict[str, Any], part: Shards) -> list[str]:
     if record.sha256 != entry["sha256"] or record.counts["written"] != entry["written"]:
         return [f"{path.name}: its record and dataset.json disagree"]
     if not part.index.sort_by("row").equals(pa.table(record.index, schema=tables.INDEX)):
-        return [f"{path.name}: the index and its record disagree on what it holds"]
+        return [f"{path.name}: index.parquet and its record disagree on what it holds"]
     return []
 
 
@@ -119,8 +116,16 @@ def _check_account(shards: Shards, listed: dict[str, Any]) -> list[str]:
     problems += [
         f"{name}: is in the folder but not in dataset.json" for name in sorted(present - set(listed))
     ]
-    twice = [key for key, n in Counter(shards.index["key"].to_pylist()).items() if n > 1]
-    problems += [f"key {key}: stands more than once in the index" for key in twice[:10]]
+    keys = pc.value_counts(shards.index["key"].combine_chunks())
+    twice = keys.filter(pc.greater(keys.field("counts"), 1)).field("values").to_pylist()
+    problems += [f"key {key}: stands more than once in index.parquet" for key in twice[:10]]
+    if len(twice) > 10:
+        problems.append(f"{len(twice) - 10} more keys stand more than once in index.parquet")
+    for file, digest in shards.info["files"].items():
+        if tables.sha256_of(shards.folder / file)[0] != digest:
+            problems.append(f"{file}: its sha256 is not the one in dataset.json")
+    if shards.info["stopped"]:
+        problems.append(f"dataset.json: the job stopped before its end: {shards.info['stopped']}")
     counts = shards.info["counts"]
     if counts["in"] != counts["written"] + counts["failed"] + counts["skipped"]:
         problems.append(f"dataset.json: counts do not reconcile: {counts}")
@@ -132,4 +137,4 @@ def _check_account(shards: Shards, listed: dict[str, Any]) -> list[str]:
         problems.append(f"failures.jsonl: has {len(failures)} rows, dataset.json says {lost}")
     if root_sha256(shards.info["shards"]) != shards.info["root_sha256"]:
         problems.append("dataset.json: root_sha256 is not that of the shards it lists")
-    return problems
+    return problems + check_metadata(shards.folder, shards.info)

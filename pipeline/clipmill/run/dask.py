@@ -1,0 +1,158 @@
+"""The Dask engine: units on the workers of a running Dask cluster, or of one started for the job."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clipmill.errors import ConfigError, RunError
+from clipmill.run.crew import Lost
+
+_ANSWER_S = 5
+"""For a scheduler to answer."""
+
+_WORKERS_S = 30
+"""For a first worker to come."""
+
+_GIVEN = 1000
+"""So many units lie with the scheduler at the least: workers that join later find work."""
+
+
+@dataclass(frozen=True)
+class DaskEngine:
+    """All workers of the scheduler at `address`; without one, `jobs` processes of this machine.
+
+    Raises:
+        ConfigError: Dask is not installed.
+    """
+
+    address: str | None = None
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        try:
+            import distributed  # noqa: F401
+        except ImportError as error:
+            raise ConfigError("--engine dask needs Dask: pip install 'clipmill[dask]'") from error
+
+    def run(
+        self, function: Callable[[Any], Any], units: Sequence[Any]
+    ) -> Generator[tuple[int, Any], None, None]:
+        """See `clipmill.run.Engine`; a unit comes as lost when Dask has lost several workers over it.
+
+        Raises:
+            ConfigError: no scheduler answers at the address, or it has no workers.
+            RunError: the workers cannot run what they are sent, or the scheduler was lost.
+        """
+        from joblib import Parallel, delayed
+
+        with self._client() as client:
+            backend = _backend(client)
+            workers = self._workers(backend)
+            pool = Parallel(
+                n_jobs=workers,
+                backend=backend,
+                return_as="generator_unordered",
+                batch_size=1,
+                pre_dispatch=max(2 * workers, _GIVEN),
+            )
+            # Each in a tuple: joblib would leave a bare unit with one worker, to be lost with it.
+            results = pool(delayed(_call)(function, job) for job in enumerate(units))
+            try:
+                # `yield from` would close them before the warning is silenced.
+                for result in results:  # noqa: UP028
+                    yield result
+            finally:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # not everything was done, when we are stopped
+                    results.close()
+
+    @contextlib.contextmanager
+    def _client(self) -> Iterator[Any]:
+        from distributed import Client, LocalCluster
+        from distributed.comm.addressing import parse_address
+        from distributed.comm.registry import get_backend
+
+        # It tells at length of workers that come and go; what matters of that is in our account.
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        with contextlib.ExitStack() as stack:
+            place: Any = self.address
+            if self.address is None:
+                # No limit of memory: near one, Dask's workers would pause, and be killed.
+                cluster = LocalCluster(
+                    n_workers=self.jobs,
+                    threads_per_worker=1,
+                    memory_limit=0,
+                    dashboard_address=None,
+                    silence_logs=logging.CRITICAL,
+                )
+                place = stack.enter_context(cluster)
+            try:
+                if self.address is not None:
+                    get_backend(parse_address(self.address)[0])  # of another kind, a client would hang
+                client = Client(place, timeout=_ANSWER_S, set_as_default=False)
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"--address {place}: no Dask scheduler answers there within {_ANSWER_S} s "
+                    f"({type(error).__name__}); `dask scheduler` says its address as it starts"
+                ) from error
+            yield stack.enter_context(client)
+
+    def _workers(self, backend: Any) -> int:
+        """How many units can be worked on at a time, by now."""
+        try:
+            return backend.effective_n_jobs(-1)
+        except TimeoutError as error:
+            raise ConfigError(
+                f"--address {self.address}: the Dask scheduler there has no workers after {_WORKERS_S} s; "
+                f"start some with `dask worker {self.address}`"
+            ) from error
+
+
+def _call(function: Callable[[Any], Any], job: tuple[int, Any]) -> tuple[int, Any]:
+    place, unit = job
+    return place, function(unit)
+
+
+def _backend(client: Any) -> Any:
+    """joblib's backend, less its habit of waiting for ever on a unit that killed its workers."""
+    from distributed.scheduler import KilledWorker
+    from joblib._dask import DaskDistributedBackend
+
+    class Backend(DaskDistributedBackend):
+        def effective_n_jobs(self, n_jobs: int) -> int:
+            # With one, joblib would do everything in this process.
+            return max(2, super().effective_n_jobs(n_jobs))
+
+        def submit(self, func: Any, callback: Callable[[Any], None]) -> Any:
+            [(_, (_, (place, _)), _)] = func.items
+
+            def finished(out: Any) -> None:
+                gone = isinstance(out, (concurrent.futures.CancelledError, asyncio.CancelledError))
+                callback(RunError("the Dask scheduler was lost; run the same command again") if gone else out)
+
+            def failed(error: BaseException | None) -> None:
+                """Take what Dask itself failed with, of which joblib would never hear."""
+                if isinstance(error, KilledWorker):
+                    callback([(place, Lost("tool-error", "each Dask worker that had it died"))])
+                elif error is not None:
+                    cause = error.__cause__ or error
+                    why = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
+                    callback(
+                        RunError(
+                            f"the Dask cluster cannot run what it is sent ({why}): its scheduler and its workers "
+                            "need the same clipmill, Python, dask and joblib as this machine"
+                        )
+                    )
+
+            future = super().submit(func, finished)
+            future.add_done_callback(lambda future: failed(future.exception()))
+            return future
+
+    return Backend(client=client, wait_for_workers_timeout=_WORKERS_S)

@@ -1,0 +1,207 @@
+"""The Ray engine: units on actors of a running Ray cluster, or of one started for the job."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clipmill.errors import ConfigError, RunError
+from clipmill.run.crew import Lost
+
+_PATIENCE_S = 10
+"""For a running cluster to answer, and to have a core free."""
+
+_WHERE = "`ray start --head` says its address as it starts"
+
+
+@dataclass(frozen=True)
+class RayEngine:
+    """All free cores of the cluster at `address` ("auto": the one this machine is part of); without one, `jobs`
+    processes of this machine.
+
+    Raises:
+        ConfigError: Ray is not installed.
+    """
+
+    address: str | None = None
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        try:
+            import ray  # noqa: F401
+        except ImportError as error:
+            raise ConfigError("--engine ray needs Ray: pip install 'clipmill[ray]'") from error
+
+    def run(
+        self, function: Callable[[Any], Any], units: Sequence[Any]
+    ) -> Generator[tuple[int, Any], None, None]:
+        """See `clipmill.run.Engine`; a unit whose actor died comes as lost.
+
+        Raises:
+            ConfigError: no Ray cluster answers at the address, or it has no core free.
+            RunError: the actors cannot run what they are sent, or the cluster was lost.
+        """
+        from joblib import Parallel, delayed
+
+        with self._cluster() as workers:
+            pool = Parallel(
+                n_jobs=workers,
+                backend=_backend(workers),
+                return_as="generator_unordered",
+                batch_size=1,
+                pre_dispatch=workers,  # an actor that dies takes along what waits for it
+            )
+            results = pool(delayed(_call)(function, job) for job in enumerate(units))
+            try:
+                # `yield from` would close them before the warning is silenced.
+                for result in results:  # noqa: UP028
+                    yield result
+            finally:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # not everything was done, when we are stopped
+                    results.close()
+
+    @contextlib.contextmanager
+    def _cluster(self) -> Iterator[int]:
+        """Connect to Ray, or start it; gives the number of actors to have."""
+        import ray
+
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if self.address is not None:
+            _knock(self.address)
+        quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": True}
+        try:
+            if self.address is None:
+                ray.init(address="local", num_cpus=self.jobs, include_dashboard=False, **quiet)
+            else:
+                ray.init(address=self.address, **quiet)
+        except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"--address {self.address}: no Ray cluster answers there ({_line(error)}); {_WHERE}"
+            ) from error
+        try:
+            yield self.jobs if self.address is None else _free_cores(self.address)
+        finally:
+            ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Ray itself would try for a minute where nobody is, and print of it."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdigit():  # else "auto", which says itself what it does not find
+        try:
+            socket.create_connection((host, int(port)), timeout=_PATIENCE_S).close()
+        except OSError as error:
+            raise ConfigError(
+                f"--address {address}: no Ray cluster answers there ({_line(error)}); {_WHERE}"
+            ) from error
+
+
+def _call(function: Callable[[Any], Any], job: tuple[int, Any]) -> tuple[int, Any]:
+    place, unit = job
+    return place, function(unit)
+
+
+def _free_cores(address: str) -> int:
+    """How many cores of the cluster nobody uses now: an actor for a core that is not free would wait for it."""
+    import ray
+
+    end = time.monotonic() + _PATIENCE_S
+    while (free := int(ray.available_resources().get("CPU", 0))) < 1:
+        if time.monotonic() > end:
+            raise ConfigError(
+                f"--address {address}: the Ray cluster there has no core free after {_PATIENCE_S} s; wait for "
+                "what runs there, or add a node with `ray start`"
+            )
+        time.sleep(0.2)
+    return free
+
+
+def _backend(workers: int) -> Any:
+    """joblib's Ray backend, made to stream results, to give work to whoever is idle, and to outlive its actors."""
+    import ray
+    from ray.exceptions import (
+        NodeDiedError,
+        ObjectLostError,
+        OutOfMemoryError,
+        RayActorError,
+        RayError,
+        WorkerCrashedError,
+    )
+    from ray.util.joblib.ray_backend import RayBackend
+    from ray.util.multiprocessing import Pool
+
+    died = (NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError)
+
+    class Backend(RayBackend):
+        supports_return_generator = True
+
+        def effective_n_jobs(self, n_jobs: int) -> int:
+            return max(2, workers)  # with one, joblib would do everything in this process
+
+        def configure(self, n_jobs: int = 1, parallel: Any = None, **_: Any) -> int:
+            self.parallel = parallel
+            self._load = [0] * workers
+            self._starting: dict[Any, int] = {}  # a call that waits for a new actor -> that actor's number
+            self._pool = Pool(workers, ray_remote_args={"num_cpus": 1})
+            return self.effective_n_jobs(n_jobs)
+
+        def submit(self, func: Any, callback: Callable[[Any], None]) -> Any:
+            [(_, (_, (place, _)), _)] = func.items
+            number = self._choose()
+            actor = self._pool._actor_pool[number][0]
+
+            def finished(out: Any) -> None:
+                self._load[number] -= 1
+                if isinstance(out, died):
+                    self._replace(number, actor)
+                    out = [(place, Lost("tool-error", "the Ray actor that had it died"))]
+                elif isinstance(out, RayError):
+                    out = RunError(
+                        f"the Ray workers cannot run what they are sent ({_line(out)}): they need the same "
+                        "clipmill, Python, ray and joblib as this machine"
+                    )
+                callback(out)
+
+            self._pool._next_actor_index = lambda: number  # left to itself the pool goes round, and waits
+            return super().submit(func, finished)
+
+        def _choose(self) -> int:
+            """The actor with the least to do."""
+            if self._starting:
+                calls = list(self._starting)
+                for call in ray.wait(calls, num_returns=len(calls), timeout=0)[0]:
+                    del self._starting[call]
+            # After a node was lost there may never be a core for a new actor.
+            alive = [n for n in range(workers) if n not in self._starting.values()]
+            number = min(alive or range(workers), key=self._load.__getitem__)
+            self._load[number] += 1
+            return number
+
+        def _replace(self, number: int, actor: Any) -> None:
+            """Start a new actor, unless that was done already for another unit that the dead one had."""
+            pool = self._pool
+            if pool is not None and not pool._closed and pool._actor_pool[number][0] is actor:
+                pool._actor_pool[number] = pool._new_actor_entry()
+                self._starting[pool._actor_pool[number][0].ping.remote()] = number
+
+        def terminate(self) -> None:
+            super().terminate()
+            # The threads that wait for answers would start Ray anew, if they found it gone.
+            end = time.monotonic() + _PATIENCE_S
+            while any(self._load) and time.monotonic() < end:
+                time.sleep(0.02)
+
+    return Backend()
+
+
+def _line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
