@@ -200,7 +200,7 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
     """Read a Parquet table that has at least the columns of `schema`.
 
     Raises:
-        TableError: the file is missing, not Parquet, or lacks columns.
+        TableError: the file is missing, not Parquet, or its columns are not those.
     """
     try:
         table = pq.read_table(path)
@@ -211,7 +211,10 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
         raise TableError(
             f"{path}: lacks the columns {', '.join(lacking)}; it has {', '.join(table.column_names)}"
         )
-    return table.select(schema.names).cast(schema)
+    try:
+        return table.select(schema.names).cast(schema)
+    except ValueError as error:  # of another type, or null where nothing may be
+        raise TableError(f"{path}: has a column that cannot be: {error}") from error
 
 
 def manifest_table(columns: dict[str, Any]) -> pa.Table:

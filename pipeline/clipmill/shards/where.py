@@ -183,7 +183,12 @@ class _Expression:
             if member.kind != left.kind or not member.constant:
                 raise self._error(f"is no constant, or not {left.kind} as what is looked for is", member.node)
         wanted = pa.array([_as_stored(m, left).as_py() for m in members], _type_of(left))
-        found = pc.is_in(left.data.cast(wanted.type), wanted)
+        looked_for = left.data.cast(wanted.type)
+        if left.kind == _NUMBER:  # is_in tells -0.0 from 0.0
+            looked_for, wanted = (
+                pc.add(values, pa.scalar(0.0, wanted.type)) for values in (looked_for, wanted)
+            )
+        found = pc.is_in(looked_for, wanted)
         return pc.if_else(pc.is_null(left.data), None, found)
 
     def _error(self, what: str, node: ast.expr | None = None) -> ConfigError:
