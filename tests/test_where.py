@@ -156,7 +156,7 @@ CONDITIONS = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(TABLES, CONDITIONS)
 def test_it_agrees_with_pythons_own_evaluation_of_every_row(rows, text):
     index = index_of(len(rows), **{name: [row[name] for row in rows] for name in (rows or [{}])[0]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ from clipmill.run.crew import Lost
 from clipmill.run.local import Local
 
 _FRUITLESS = 3
-"""After so many rounds without a single result units are tried one by one, and each is lost after so many times."""
+"""After so many rounds without a single result units are tried one by one; each may be lost so many times."""
 
 _IN_FLIGHT = 16
 """So many units may have been under way when a worker died."""
@@ -45,12 +46,14 @@ def run_rounds(
         what `function` raises: it ends the run, and units in flight are dropped.
     """
     left = list(range(len(units)))
+    losses: Counter[int] = Counter()
     fruitless = 0
     while left:
         done = set()
         with closing(engine.run(function, [units[place] for place in left])) as found:
             for number, result in found:
-                if not isinstance(result, Lost):
+                losses[left[number]] += isinstance(result, Lost)
+                if not isinstance(result, Lost) or losses[left[number]] == _FRUITLESS:
                     done.add(number)
                     yield left[number], result
         fruitless = 0 if done else fruitless + 1
