@@ -90,3 +90,13 @@ def test_the_command_says_what_it_made_and_where(run, make, tmp_path):
     assert said["folder"] == str(tmp_path / "hdf5-pcm16-44100")
     assert "small: 22 clips in 5 hdf5 shards" in done.stderr
     assert run("verify", tmp_path / "hdf5-pcm16-44100").returncode == 0
+
+
+def test_overwriting_takes_nothing_but_its_own(make, tmp_path):
+    make(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", "hdf5")
+    (tmp_path / "b/small-all-000000-cleaned.h5").write_bytes(b"precious")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    with pytest.raises(ShardError, match=r"small-all-000000-cleaned.h5: is no shard of these"):
+        convert(tmp_path / "a", tmp_path / "b", "hdf5", overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()} == files

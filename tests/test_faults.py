@@ -227,9 +227,7 @@ def test_a_source_that_vanishes_is_missing_and_a_whole_disk_that_vanishes_is_not
         place.rename(tmp_path / "elsewhere")
         _, said = driver.communicate()
     assert driver.returncode == 3
-    assert (
-        f"stopped: {place}: the folder of the media is not there any more; the same command goes on" in said
-    )
+    assert f"stopped: {place}: the folder of the media is not there any more" in said
     counts = tables.read_json(tmp_path / "t/dataset.json")["counts"]
     assert counts["in"] == 120 == counts["written"] + counts["failed"]
     assert set(counts["reasons"]) <= {"not-built", "missing"}
@@ -278,6 +276,23 @@ def test_a_full_disk_ends_the_job_with_an_exact_account_and_the_same_command_goe
     assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
     one, other = (tables.read_json(folder / "dataset.json") for folder in (tmp_path / "u", small_disk / "s"))
     assert one["root_sha256"] == other["root_sha256"]
+
+
+def test_media_on_a_disk_that_was_unmounted_are_not_written_down_as_missing(run, media, small_disk, tmp_path):
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    subprocess.run(["cp", "-r", str(media), str(small_disk / "m")], check=True)
+    assert run("fetch", "folder", "--name", "many", "--from", small_disk, "--root", tmp_path).returncode == 0
+    subprocess.run(["umount", small_disk], check=True)
+    done = subprocess.run(shard(tmp_path, tmp_path / "s"), capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert f"stopped: {small_disk}: the disk of the media is not mounted there any more" in done.stderr
+    assert set(tables.read_json(tmp_path / "s/dataset.json")["counts"]["reasons"]) == {"not-built"}
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50m", "none", small_disk], check=True)
+    subprocess.run(["cp", "-r", str(media), str(small_disk / "m")], check=True)
+    assert (
+        subprocess.run(shard(tmp_path, tmp_path / "s"), stderr=subprocess.DEVNULL, check=False).returncode
+        == 0
+    )
 
 
 def test_a_disk_that_lets_nobody_write_is_said_to(root, small_disk):

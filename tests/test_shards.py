@@ -201,7 +201,7 @@ def test_what_are_no_shards_is_said_so(make, tmp_path):
     make(tmp_path / "s")
     with pytest.raises(ShardError, match="no such shard"):
         Shards.open(tmp_path / "s/small-all-000009.tar")
-    with pytest.raises(ShardError, match=r"holds no index\.parquet"):
+    with pytest.raises(ShardError, match=r"holds no dataset\.json"):
         Shards.open(tmp_path)
     with pytest.raises(ShardError, match="a range looks like"):
         Shards.open(f"{tmp_path}/s/small-{{0..3.tar")

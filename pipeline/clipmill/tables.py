@@ -77,14 +77,22 @@ INDEX = pa.schema(
 )
 
 
+_held: set[Path] = set()
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, again: bool = False) -> Iterator[None]:
     """Hold a folder for one writer, until the process ends at the latest.
+
+    `again`: this may happen within another `locked` of the same folder.
 
     Raises:
         TableError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if again and folder.resolve() in _held:
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     held = _lock(descriptor)
     if not held:  # once more: whoever merely looks whether it is held holds it for an instant
@@ -93,9 +101,11 @@ def locked(folder: Path) -> Iterator[None]:
     if not held:
         os.close(descriptor)
         raise TableError(f"{folder}: another run is writing there; wait for it, or write somewhere else")
+    _held.add(folder.resolve())
     try:
         yield
     finally:
+        _held.discard(folder.resolve())
         os.close(descriptor)
 
 
@@ -129,8 +139,10 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
 
 

@@ -114,8 +114,9 @@ class Failure:
 class ShardRecord:
     """What `<shard>.json` says of one finished shard.
 
-    `unit` is the hash of everything that decides the shard's bytes; `index` holds the
-    index rows as columns; `counts` reconcile: clips = written + failed.
+    `unit` is the hash of everything that decides the shard's bytes; `planned` are its clips' keys,
+    in order, also of those that failed; `index` holds the index rows as columns; `counts`
+    reconcile: clips = written + failed.
     """
 
     shard: str
@@ -124,5 +125,6 @@ class ShardRecord:
     sha256: str
     size: int
     counts: dict[str, int]
+    planned: list[str]
     index: dict[str, list[Any]]
     failures: list[dict[str, Any]]

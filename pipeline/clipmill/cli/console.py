@@ -71,6 +71,18 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The --clip-timeout and --clip-memory flags."""
+    for option in reversed((
+        click.option("--clip-timeout", type=click.FloatRange(min=1), default=120.0, show_default=True,
+                     metavar="SECONDS", help="A clip that takes longer to prepare fails."),
+        click.option("--clip-memory", type=click.IntRange(min=100), default=2000, show_default=True,
+                     metavar="MB", help="A clip that needs more memory to prepare fails."),
+    )):  # fmt: skip
+        function = option(function)
+    return function
+
+
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """The --json flag."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(function)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from clipmill.cli import DONE, console
+from clipmill.cli import DONE, DONE_IN_PART, console
 
 
 @click.command("convert")
@@ -70,7 +70,10 @@ def command(
         f"{size / 1e6:.1f} MB, in {out}"
     )
     if as_json:
-        console.print_json({"folder": str(out), **{k: made[k] for k in ("name", "counts", "root_sha256")}})
-    else:
-        console.say(f"next: pipeline inspect {out}")
+        said = ("name", "counts", "root_sha256", "stopped")
+        console.print_json({"folder": str(out), **{k: made[k] for k in said}})
+    if made["stopped"]:
+        console.say(f"stopped: {made['stopped']}; the same command goes on")
+        return DONE_IN_PART
+    console.say(f"next: pipeline inspect {out}")
     return DONE

@@ -9,6 +9,9 @@ import click
 
 from clipmill.cli import DONE, DONE_IN_PART, console
 
+_PASSING = {"missing", "unreadable", "timeout", "memory", "crash", "tool-error"}
+"""Reasons that may be the machine's and not the clip's."""
+
 
 @click.command("shard")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
@@ -73,22 +76,7 @@ from clipmill.cli import DONE, DONE_IN_PART, console
     help="Build those shards anew that lost clips for one of these reasons, such as timeout,memory.",
 )
 @click.option("--overwrite", is_flag=True, help="Build all shards anew, whatever is there.")
-@click.option(
-    "--clip-timeout",
-    type=click.FloatRange(min=1),
-    default=120.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="A clip that takes longer to prepare fails.",
-)
-@click.option(
-    "--clip-memory",
-    type=click.IntRange(min=100),
-    default=2000,
-    show_default=True,
-    metavar="MB",
-    help="A clip that needs more memory to prepare fails.",
-)
+@console.limit_options
 @console.engine_options
 @console.json_option
 def command(
@@ -138,7 +126,7 @@ def command(
     made = [_shard(name, root, out, spec, lock_file, engine_fields, how) for name in chosen]
     if as_json:
         console.print_json(made)
-    return DONE_IN_PART if any(m["counts"]["failed"] for m in made) else DONE
+    return DONE_IN_PART if any(m["counts"]["failed"] or m["stopped"] for m in made) else DONE
 
 
 def _shard(
@@ -197,15 +185,18 @@ def _told(name: str, folder: Path, dataset: dict[str, Any]) -> dict[str, Any]:
         f"{name}: {counts['in']} in = {counts['written']} written + {counts['failed']} failed + "
         f"{counts['skipped']} skipped; {len(dataset['shards'])} shards, {size / 1e6:.1f} MB, in {folder}"
     )
-    rows = tables.read_jsonl(folder / "failures.jsonl")
+    path = folder / "failures.jsonl"
+    rows = tables.read_jsonl(path) if path.is_file() and "files" in dataset else []
     console.say_losses([Failure(**row) for row in rows])
     if rows:
-        console.say(f"  all of them: {folder / 'failures.jsonl'}")
+        console.say(f"  all of them: {path}")
+    if again := sorted({row["reason"] for row in rows if row["stage"] == "shard"} & _PASSING):
+        console.say(f"  what may have passed by now: --retry {','.join(again)} has another try at these")
     if dataset["stopped"]:
         console.say(f"stopped: {dataset['stopped']}; the same command goes on")
     else:
         console.say(f"next: pipeline inspect {folder}")
-    return {"folder": str(folder), **{k: dataset[k] for k in ("name", "counts", "root_sha256")}}
+    return {"folder": str(folder), **{k: dataset[k] for k in ("name", "counts", "root_sha256", "stopped")}}
 
 
 def _account_for(lock: Any, got: Any, folder: Path, lost: set[str], jobs: int) -> None:

@@ -66,8 +66,9 @@ class Prepared:
 class Dataset(Protocol):
     """A collection with its options filled in.
 
-    It may have `needs`, the `Remote` files that must be there before it is prepared, and
-    `hints()`, lines that whoever has fetched it should read. A class
+    It may have `needs`, the `Remote` files that must be there before it is prepared;
+    `hints()`, lines that whoever has fetched it should read; and `about()`, its own title,
+    licence and the like in the place of those of its kind's TOML. A class
     with `by_segment = True` has no media to find: each clip is fetched by itself, `group` is
     the id of its video, and the ledger knows its `source` and `bytes`.
     """

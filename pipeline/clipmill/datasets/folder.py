@@ -49,6 +49,26 @@ class Folder:
     start_column: str | None = option(None, help="Column of where the clip starts in the file, in seconds.")
     end_column: str | None = option(None, help="Column of where the clip ends in the file, in seconds.")
     allow_leak: bool = option(False, help="Let a group stand in several folds or splits.")
+    title: str | None = option(
+        None, help="For the dataset card: what the collection is called.  [default: --name]"
+    )
+    description: str | None = option(None, help="For the dataset card: what it is.")
+    licence: str | None = option(None, help='For the dataset card: its licence, such as "CC BY 4.0".')
+    licence_url: str | None = option(None, help="For the dataset card: where the licence stands.")
+    citation: str | None = option(None, help="For the dataset card: what to cite, in BibTeX.")
+    homepage: str | None = option(None, help="For the dataset card: where the collection is found.")
+
+    def about(self) -> dict[str, str]:
+        """What the shards' dataset card and metadata say of the collection."""
+        said = {
+            "title": self.title or self.name,
+            "description": self.description,
+            "licence": self.licence,
+            "licence_url": self.licence_url,
+            "citation": self.citation,
+            "homepage": self.homepage,
+        }
+        return {name: text or "" for name, text in said.items()}
 
     def prepare(self, dest: Path) -> Prepared:
         """List the folder's clips; see `Dataset`."""

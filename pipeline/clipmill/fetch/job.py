@@ -169,6 +169,7 @@ def _vouch(
     request: str | None = None,
 ) -> None:
     about = {k: v for k, v in facts(kind).items() if isinstance(v, str)}
+    about |= getattr(dataset, "about", dict)()
     inside = media_root.resolve().is_relative_to(folder.resolve())
     tables.write_json(
         folder / FETCH_FILE,

@@ -14,12 +14,15 @@ import pyarrow as pa
 
 from clipmill import __version__, tables
 from clipmill.audio import codec_versions
-from clipmill.errors import ShardError, TableError
+from clipmill.errors import ConfigError, ShardError, TableError
 from clipmill.shards.metadata import write_metadata
-from clipmill.shards.plan import ShardSpec
+from clipmill.shards.plan import PLAN_FILE, ShardSpec
 from clipmill.shards.write import read_record, record_path
 
 INDEX_FILE, FAILURES_FILE, DATASET_FILE = "index.parquet", "failures.jsonl", "dataset.json"
+
+FILES = (INDEX_FILE, FAILURES_FILE, PLAN_FILE)
+"""The tables beside the shards whose sha256 dataset.json has."""
 
 
 def put_together(
@@ -27,19 +30,22 @@ def put_together(
     name: str,
     spec: ShardSpec,
     labels: Sequence[str],
-    shards: Sequence[str],
+    shards: Mapping[str, str | None],
     failures: Sequence[dict[str, Any]],
     wanted: int,
     **more: Any,
 ) -> dict[str, Any]:
     """Write index.parquet, the dataset card, failures.jsonl and dataset.json; return what the last one says.
 
+    Where the disk does not let us, `stopped` says so, and there is no dataset.json.
+
     Args:
         out: the folder.
         name: the dataset's name.
         spec: the settings of all the shards.
         labels: class names, in the order of their ids.
-        shards: the file names of those that are finished, in order.
+        shards: the file names of those that are finished, in order, and the hash that each was made
+            from, where it is to be compared.
         failures: clips lost before, or with shards that are not finished; the records' are added.
         wanted: how many clips were asked for.
         more: further fields of dataset.json.
@@ -49,9 +55,9 @@ def put_together(
         TableError: a record is damaged.
     """
     parts, entries, lost = [tables.INDEX.empty_table()], [], list(failures)
-    for shard in shards:
+    for shard, made_from in shards.items():
         record = read_record(out / shard)
-        if record is None:
+        if record is None or made_from not in (None, record.unit):
             raise ShardError(
                 f"{out / shard}: vanished or changed while the job ran; run the same command again"
             )
@@ -76,12 +82,48 @@ def put_together(
         "root_sha256": root_sha256(entries),
         **more,
     }
-    tables.write_table(out / INDEX_FILE, index)
-    write_metadata(out, dataset, index)
-    tables.write_jsonl(out / FAILURES_FILE, lost)
-    dataset["files"] = {file: tables.sha256_of(out / file)[0] for file in (INDEX_FILE, FAILURES_FILE)}
-    tables.write_json(out / DATASET_FILE, dataset)
+    try:
+        tables.write_table(out / INDEX_FILE, index)
+        write_metadata(out, dataset, index)
+        tables.write_jsonl(out / FAILURES_FILE, lost)
+        dataset["files"] = {file: tables.sha256_of(out / file)[0] for file in FILES}
+        tables.write_json(out / DATASET_FILE, dataset)
+    except OSError as error:
+        (out / DATASET_FILE).unlink(missing_ok=True)  # an older one would speak of other tables
+        dataset["stopped"] = f"{error.filename}: {error.strerror}"
     return dataset
+
+
+def read_dataset(folder: Path) -> dict[str, Any]:
+    """What dataset.json says.
+
+    Raises:
+        TableError: it is missing or damaged.
+    """
+    path = folder / DATASET_FILE
+    said = tables.read_json(
+        path,
+        "name",
+        "about",
+        "spec",
+        "counts",
+        "labels",
+        "shards",
+        "root_sha256",
+        "files",
+        "stopped",
+        "made_from",
+    )
+    try:
+        ShardSpec(**said["spec"])
+        for entry in said["shards"]:
+            _ = [entry[name] for name in ("shard", "sha256", "bytes", "clips", "written", "failed")]
+        _ = [said["counts"][name] for name in ("in", "written", "failed", "skipped", "reasons")]
+        _ = [said["files"][name] for name in FILES]
+        dict(said["about"]), dict(said["made_from"]), str(said["name"])
+    except (TypeError, KeyError, ValueError, ConfigError) as error:
+        raise TableError(f"{path}: is damaged: {type(error).__name__} {error}") from error
+    return said
 
 
 def _counts(wanted: int, written: int, failures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

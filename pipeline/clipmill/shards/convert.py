@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from clipmill import tables
 from clipmill.errors import ConfigError, ShardError
 from clipmill.run import Engine, Local, Lost, run_rounds
 from clipmill.shards.account import FAILURES_FILE, put_together
 from clipmill.shards.formats import WRITERS
-from clipmill.shards.plan import DEFAULT_ENCODING, FORMATS, ShardSpec
+from clipmill.shards.job import only_ours
+from clipmill.shards.plan import DEFAULT_ENCODING, FORMATS, PLAN, Layout, ShardSpec, read_layout, write_layout
 from clipmill.shards.prepare import Ready
 from clipmill.shards.read import Shards, rows_by_value
-from clipmill.shards.write import read_record, record_path, write_shard
+from clipmill.shards.write import finished_record, record_path, write_shard
 
 
 @dataclass(frozen=True)
@@ -75,19 +78,26 @@ def convert(
         OSError: the disk is full or does not let us write.
         RunError: worker processes were lost, again and again.
     """
-    source = Shards.open(where)
+    out = out.resolve()  # as workers elsewhere must have it
+    source = Shards.open(Path(where).resolve() if Path(where).exists() else where)
     if not source.whole:
         raise ConfigError(f"{where}: some shards of {source.folder}; allowed is the whole folder")
     if out.resolve() == source.folder.resolve():
         raise ConfigError(f"--out {out}: is the folder of the shards to be converted")
+    if len(source) != source.info["counts"]["written"]:
+        raise ShardError(
+            f"{source.folder}: its index has {len(source)} of {source.info['counts']['written']} clips; "
+            "`pipeline verify --repair` mends it"
+        )
     if source.info["stopped"]:
         raise ShardError(f"{source.folder}: not all of its shards are built ({source.info['stopped']})")
     spec = replace(
         ShardSpec(**source.info["spec"]), format=format, encoding=encoding or DEFAULT_ENCODING[format]
     )
     units = _units(source, out, spec)
-    with tables.locked(out):
+    with tables.locked(out, again=True):
         finished = _finished(units, out, overwrite)
+        write_layout(out, _layout(source, spec))
         done = sum(finished.values())
         left = [unit for unit in units if unit.name not in finished]
         update(done, "")
@@ -108,12 +118,12 @@ def convert(
             source.name,
             spec,
             source.labels,
-            [unit.name for unit in units],
+            {unit.name: unit.hash for unit in units},
             lost,
             counts["in"] - sum(1 for row in lost if not row["key"]),
             about=source.info["about"],
             made_from={
-                "converted_from": os.path.relpath(source.folder, out),
+                "converted_from": os.path.relpath(source.folder.resolve(), out.resolve()),
                 "root_sha256": source.info["root_sha256"],
             },
             stopped="",
@@ -135,14 +145,14 @@ def _units(source: Shards, out: Path, spec: ShardSpec) -> list[_Unit]:
 def _finished(units: list[_Unit], out: Path, overwrite: bool) -> dict[str, int]:
     """How many clips each shard has that need not be converted; those of other shards are refused."""
     planned = {unit.name: unit for unit in units}
-    ours = re.compile("|".join({re.escape(re.sub(r"-\d{6}\.\w+$", "", n)) for n in planned}) + r"-\d{6}\.\w+")
+    stems = "|".join(sorted({re.escape(re.sub(r"-\d{6}\.\w+$", "", name)) for name in planned}))
     finished = {}
-    for path in sorted(file for ext in FORMATS.values() for file in out.glob(f"*.{ext}")):
-        if overwrite and ours.match(path.name):
+    for path in only_ours(out, re.compile(rf"(?:{stems})-\d{{6}}\.\w+"), "these"):
+        if overwrite:
             path.unlink()
             record_path(path).unlink(missing_ok=True)
             continue
-        unit, record = planned.get(path.name), read_record(path)
+        unit, record = planned.get(path.name), finished_record(path)
         if unit is None or (record is not None and record.unit != unit.hash):
             raise ShardError(
                 f"{path}: was not made from these shards with these settings; --overwrite converts all anew, "
@@ -151,6 +161,16 @@ def _finished(units: list[_Unit], out: Path, overwrite: bool) -> dict[str, int]:
         if record is not None:
             finished[path.name] = record.counts["written"]
     return finished
+
+
+def _layout(source: Shards, spec: ShardSpec) -> Layout:
+    """The plan of the shards to be converted, for their new names."""
+    extension = FORMATS[spec.format]
+    before = read_layout(source.folder)
+    table = source.index.select(PLAN.names) if before is None else before.table
+    names = pc.replace_substring_regex(table["shard"], r"\.\w+$", f".{extension}")
+    table = pa.table([table["key"], names], schema=PLAN)
+    return Layout(table, spec, tuple(source.labels))
 
 
 def _convert(unit: _Unit) -> dict[str, int]:

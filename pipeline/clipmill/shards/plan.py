@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -82,7 +83,8 @@ class Unit:
     """One shard to be built: the argument of a pure function from raw media to bytes.
 
     `name` is the shard's file name; `clips` has the manifest's columns; `labels` are all class
-    names, in the order of their ids. `limits` bound what one clip may cost, and decide no bytes.
+    names, in the order of their ids. `limits` bound what one clip may cost, and `disk` is where the
+    media lay when it was planned (see `disk_of`); they decide no bytes.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Unit:
     labels: tuple[str, ...]
     clips: pa.Table
     limits: Limits = field(default_factory=Limits)
+    disk: tuple[str, int] | None = None
 
     @property
     def hash(self) -> str:
@@ -169,6 +172,8 @@ def plan(
     Raises:
         ShardError: the manifest lacks a clip of the layout.
     """
+    if not layout.table.num_rows:
+        return []
     rows = pc.index_in(layout.table["key"], manifest["key"].combine_chunks())
     if rows.null_count:
         gone = layout.table["key"].filter(pc.is_null(rows))
@@ -179,12 +184,18 @@ def plan(
     # In one piece: taking rows from a table in many chunks is a hundred times slower.
     clips = manifest.combine_chunks().take(rows.combine_chunks())
     names = layout.table["shard"].combine_chunks().to_numpy(zero_copy_only=False)
+    limits, disk = limits or Limits(), disk_of(media_root) if media_root.exists() else None
     firsts = np.flatnonzero(np.concatenate([[True], names[1:] != names[:-1]]))
     ends = np.append(firsts[1:], len(names))
     return [
-        Unit(names[a], out, media_root, layout.spec, layout.labels, clips.slice(a, b - a), limits or Limits())
+        Unit(names[a], out, media_root, layout.spec, layout.labels, clips.slice(a, b - a), limits, disk)
         for a, b in zip(firsts.tolist(), ends.tolist(), strict=True)
     ]
+
+
+def disk_of(folder: Path) -> tuple[str, int]:
+    """The machine, and its number of the disk that the folder is on: another one, once that is unmounted."""
+    return os.uname().nodename, folder.stat().st_dev
 
 
 def wanted(name: str, manifest: pa.Table, lost: Sequence[str]) -> pa.Table:

@@ -165,6 +165,8 @@ def _ready(order: _Order) -> tuple[int, dict[str, Any]] | Refused:
         return Refused(error.reason, str(error))
     except MemoryError:
         return Refused("memory", "needs more memory than --clip-memory allows")
+    except Exception as error:  # of a library, at what nobody has fed it yet
+        return Refused("tool-error", f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _made_ready(clip: Clip, media_root: Path, spec: ShardSpec) -> tuple[bytes, dict[str, Any]]:

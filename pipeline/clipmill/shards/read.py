@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from clipmill import tables
 from clipmill.audio import decode_bytes
 from clipmill.errors import DecodeError, ShardError
-from clipmill.shards.plan import FORMATS
+from clipmill.shards.account import DATASET_FILE, INDEX_FILE, read_dataset
+from clipmill.shards.plan import FORMATS, PLAN_FILE
 from clipmill.shards.where import matching
 
 
@@ -46,28 +47,23 @@ class Shards:
 
         Raises:
             ShardError: nothing is there, or no index stands beside it.
+            TableError: a table there is damaged.
         """
         folder, names = _resolve(str(where))
-        if not (folder / "index.parquet").is_file() or not (folder / "dataset.json").is_file():
-            unfinished = any(folder.glob("*.json"))
+        if not (folder / DATASET_FILE).is_file():
+            unfinished = (folder / PLAN_FILE).is_file()
             why = (
                 "the shard job there has not finished: run it again"
                 if unfinished
                 else "`pipeline shard` makes one"
             )
-            raise ShardError(f"{folder}: holds no index.parquet and dataset.json; {why}")
-        info = tables.read_json(
-            folder / "dataset.json",
-            "name",
-            "labels",
-            "spec",
-            "counts",
-            "shards",
-            "root_sha256",
-            "files",
-            "stopped",
-        )
-        index = tables.read_table(folder / "index.parquet", tables.INDEX)
+            raise ShardError(f"{folder}: holds no {DATASET_FILE}; {why}")
+        info = read_dataset(folder)
+        if not (folder / INDEX_FILE).is_file():
+            raise ShardError(
+                f"{folder}: its {INDEX_FILE} is missing; `pipeline verify --repair` puts it together"
+            )
+        index = tables.read_table(folder / INDEX_FILE, tables.INDEX)
         known = [shard["shard"] for shard in info["shards"]]
         strange = set(pc.unique(pc.list_flatten(index["labels"])).to_pylist()) - set(info["labels"])
         if strange:

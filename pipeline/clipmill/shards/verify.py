@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,9 @@ import pyarrow.compute as pc
 from clipmill import tables
 from clipmill.errors import ShardError, TableError
 from clipmill.run import run_units
-from clipmill.shards.account import root_sha256
+from clipmill.shards.account import FAILURES_FILE, root_sha256
 from clipmill.shards.metadata import check_metadata
-from clipmill.shards.plan import FORMATS
+from clipmill.shards.plan import FORMATS, PLAN_FILE, ShardSpec, difference, read_layout
 from clipmill.shards.read import Shards, rows_by_value
 from clipmill.shards.write import read_record, record_path
 
@@ -121,8 +122,13 @@ def _check_account(shards: Shards, listed: dict[str, Any]) -> list[str]:
     problems += [f"key {key}: stands more than once in index.parquet" for key in twice[:10]]
     if len(twice) > 10:
         problems.append(f"{len(twice) - 10} more keys stand more than once in index.parquet")
+    records = {path.name for path in shards.folder.glob(f"{shards.name}-*.json")}
+    stray = records - {record_path(Path(name)).name for name in present | set(listed)}
+    problems += [f"{name}: is the record of no shard" for name in sorted(stray)]
     for file, digest in shards.info["files"].items():
-        if tables.sha256_of(shards.folder / file)[0] != digest:
+        if not (shards.folder / file).is_file():
+            problems.append(f"{file}: is missing")
+        elif tables.sha256_of(shards.folder / file)[0] != digest:
             problems.append(f"{file}: its sha256 is not the one in dataset.json")
     if shards.info["stopped"]:
         problems.append(f"dataset.json: the job stopped before its end: {shards.info['stopped']}")
@@ -131,10 +137,37 @@ def _check_account(shards: Shards, listed: dict[str, Any]) -> list[str]:
         problems.append(f"dataset.json: counts do not reconcile: {counts}")
     if counts["written"] != len(shards):
         problems.append(f"index.parquet: has {len(shards)} clips, dataset.json says {counts['written']}")
-    failures = tables.read_jsonl(shards.folder / "failures.jsonl")
-    if len(failures) != counts["failed"] + counts["skipped"]:
-        lost = counts["failed"] + counts["skipped"]
-        problems.append(f"failures.jsonl: has {len(failures)} rows, dataset.json says {lost}")
+    problems += _check_failures(shards.folder, counts)
+    problems += _check_plan(shards)
     if root_sha256(shards.info["shards"]) != shards.info["root_sha256"]:
         problems.append("dataset.json: root_sha256 is not that of the shards it lists")
     return problems + check_metadata(shards.folder, shards.info)
+
+
+def _check_failures(folder: Path, counts: dict[str, Any]) -> list[str]:
+    try:
+        failures = tables.read_jsonl(folder / FAILURES_FILE)
+    except TableError as error:
+        return [f"{FAILURES_FILE}: cannot be read: {error}"]
+    lost = counts["failed"] + counts["skipped"]
+    if len(failures) != lost:
+        return [f"{FAILURES_FILE}: has {len(failures)} rows, dataset.json says {lost}"]
+    if Counter(row.get("reason") for row in failures) != Counter(counts["reasons"]):
+        return [f"{FAILURES_FILE}: has other reasons than dataset.json says"]
+    return []
+
+
+def _check_plan(shards: Shards) -> list[str]:
+    """The plan against dataset.json: other settings or classes would make other shards of the same name."""
+    try:
+        layout = read_layout(shards.folder)
+    except TableError as error:
+        return [f"{PLAN_FILE}: cannot be read: {error}"]
+    if layout is None:
+        return []
+    problems = []
+    if other := difference(layout.spec, ShardSpec(**shards.info["spec"])):
+        problems.append(f"dataset.json: its settings are not those of {PLAN_FILE}: {other}")
+    if list(layout.labels) != shards.labels:
+        problems.append(f"dataset.json: its labels are not those of {PLAN_FILE}")
+    return problems

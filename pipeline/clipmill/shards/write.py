@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections import defaultdict
@@ -13,9 +14,12 @@ from typing import Any
 from clipmill import tables
 from clipmill.errors import ShardError, TableError
 from clipmill.shards.formats import WRITERS
-from clipmill.shards.plan import ShardSpec, Unit
+from clipmill.shards.plan import ShardSpec, Unit, disk_of
 from clipmill.shards.prepare import Ready, prepare
-from clipmill.types import Failure, ShardRecord
+from clipmill.types import Clip, Failure, ShardRecord
+
+_DISK_GONE = (errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV)
+"""What a disk of the network answers when it is not there."""
 
 
 def build(unit: Unit) -> dict[str, int]:
@@ -34,10 +38,30 @@ def _prepared(unit: Unit) -> Iterator[tuple[str, Ready | Failure]]:
         if isinstance(got, Ready):
             yield clip.key, got
         else:
-            # A disk that was unmounted must not be written down as so many clips that are missing.
-            if got.reason in ("missing", "unreadable") and not unit.media_root.is_dir():
-                raise ShardError(f"{unit.media_root}: the folder of the media is not there any more")
+            if got.reason in ("missing", "unreadable"):
+                _check_media(unit, clip)
             yield clip.key, Failure(clip.key, clip.source, "shard", "failed", got.reason, got.message)
+
+
+def _check_media(unit: Unit, clip: Clip) -> None:
+    """Raise ShardError where a whole disk is gone: that must not be written down as so many clips that are missing."""
+    root = unit.media_root
+    try:
+        os.stat(root / clip.source)
+    except OSError as error:
+        if error.errno in _DISK_GONE:
+            raise ShardError(
+                f"{root / clip.source}: the disk of the media does not answer ({error.strerror})"
+            ) from error
+    try:
+        elsewhere = unit.disk is not None and unit.disk != disk_of(root)
+        empty = next(os.scandir(root), None) is None
+    except OSError as error:
+        raise ShardError(
+            f"{root}: the folder of the media is not there any more ({error.strerror})"
+        ) from error
+    if empty or elsewhere:
+        raise ShardError(f"{root}: the disk of the media is not mounted there any more")
 
 
 def write_shard(
@@ -62,13 +86,13 @@ def write_shard(
     Raises:
         OSError: the disk is full or does not let us write; also whatever `clips` raises.
     """
-    record = read_record(target)
+    record = finished_record(target)
     if record is not None and record.unit == made_from:
         return record.counts
     # Workers on other machines have the same process numbers.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        index, failures = _write(temporary, target.name, spec, labels, clips)
+        planned, index, failures = _write(temporary, target.name, spec, labels, clips)
         digest, size = tables.sha256_of(temporary)
         os.replace(temporary, target)
     except BaseException:
@@ -77,7 +101,7 @@ def write_shard(
     written = len(index["key"])
     counts = {"clips": written + len(failures), "written": written, "failed": len(failures)}
     rows = tables.in_order([asdict(failure) for failure in failures])
-    record = ShardRecord(target.name, made_from, asdict(spec), digest, size, counts, index, rows)
+    record = ShardRecord(target.name, made_from, asdict(spec), digest, size, counts, planned, index, rows)
     tables.write_json(record_path(target), asdict(record))
     return counts
 
@@ -107,6 +131,7 @@ def read_record(shard: Path) -> ShardRecord | None:
         record = ShardRecord(**said)
         rows = {len(record.index[name]) for name in tables.INDEX.names}
         sound = rows == {record.counts["written"]} and len(record.failures) == record.counts["failed"]
+        sound = sound and len(record.planned) == record.counts["clips"]
     except (TypeError, KeyError) as error:
         raise TableError(
             f"{path}: is no shard's record ({error}); remove it and run `pipeline shard` again"
@@ -118,19 +143,28 @@ def read_record(shard: Path) -> ShardRecord | None:
     return record
 
 
+def finished_record(shard: Path) -> ShardRecord | None:
+    """The record of a finished shard; None also where it is damaged: the shard is then built anew."""
+    try:
+        return read_record(shard)
+    except TableError:
+        return None
+
+
 def _write(
     path: Path,
     shard: str,
     spec: ShardSpec,
     labels: tuple[str, ...],
     clips: Iterable[tuple[str, Ready | Failure]],
-) -> tuple[dict[str, list[Any]], list[Failure]]:
-    """Write every clip that can be had; return the index columns and the failures."""
+) -> tuple[list[str], dict[str, list[Any]], list[Failure]]:
+    """Write every clip that can be had; return the keys of all clips, the index columns and the failures."""
     writer = WRITERS[spec.format](path, spec.sample_rate, spec.encoding, labels)
     index: dict[str, list[Any]] = defaultdict(list)
-    failures = []
+    planned, failures = [], []
     try:
         for key, clip in clips:
+            planned.append(key)
             if isinstance(clip, Failure):
                 failures.append(clip)
                 continue
@@ -140,4 +174,4 @@ def _write(
     finally:
         places = writer.close()
     index["offset"], index["length"] = [p[0] for p in places], [p[1] for p in places]
-    return {name: index[name] for name in tables.INDEX.names}, failures
+    return planned, {name: index[name] for name in tables.INDEX.names}, failures
