@@ -22,17 +22,22 @@ def root_of(folder: Path) -> str:
     return tables.read_json(folder / "dataset.json")["root_sha256"]
 
 
-@pytest.mark.parametrize(("form", "encoding"), KINDS)
-@pytest.mark.parametrize(("to", "into"), KINDS)
-def test_what_is_converted_has_the_bytes_of_what_is_made_from_the_media(
-    make, tmp_path, form, encoding, to, into
-):
-    make(tmp_path / "from", format=form, encoding=encoding)
-    make(tmp_path / "direct", format=to, encoding=into)
-    convert(tmp_path / "from", tmp_path / "to", to, into)
-    assert root_of(tmp_path / "to") == root_of(tmp_path / "direct")
+@pytest.fixture(scope="module")
+def direct(make, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """Shards of each kind, made from the media."""
+    place = tmp_path_factory.mktemp("direct")
+    for form, encoding in KINDS:
+        make(place / f"{form} {encoding}", format=form, encoding=encoding)
+    return {kind: place / " ".join(kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("to", KINDS)
+def test_what_is_converted_has_the_bytes_of_what_is_made_from_the_media(direct, tmp_path, kind, to):
+    convert(direct[kind], tmp_path / "to", *to)
+    assert root_of(tmp_path / "to") == root_of(direct[to])
     one, other = (
-        tables.read_table(tmp_path / place / "index.parquet", tables.INDEX) for place in ("to", "direct")
+        tables.read_table(place / "index.parquet", tables.INDEX) for place in (tmp_path / "to", direct[to])
     )
     assert one.equals(other)
     assert verify(tmp_path / "to").problems == []

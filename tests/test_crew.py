@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import importlib
 import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +41,10 @@ def misbehave(how: str) -> str:
 
 def process_number(_: None) -> int:
     return os.getpid()
+
+
+def content(path: str) -> bytes:
+    return Path(path).read_bytes()
 
 
 def ask_a_crew() -> int:
@@ -113,6 +123,94 @@ def test_an_error_of_the_job_is_raised_where_the_results_are_taken():
         with pytest.raises(OSError, match="No space left") as caught:
             everything(crew, [])
     assert caught.value.filename == "/full"
+
+
+@pytest.mark.parametrize(
+    ("fault", "why", "number"),
+    [
+        (
+            "raise ImportError('libsndfile.so.1: cannot open')",
+            "ImportError: libsndfile.so.1: cannot open",
+            None,
+        ),
+        ("import os; os.abort()", "exit code -6", signal.SIGABRT),
+    ],
+)
+def test_a_worker_that_cannot_import_what_its_job_needs_says_that_it_never_began(
+    fault, why, number, tmp_path, monkeypatch
+):
+    (tmp_path / "broken_there.py").write_text(
+        f"import sys\nif sys.argv[0] == '-c': {fault}\ndef same(job): return job\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    function = importlib.import_module("broken_there").same
+    with Crew(function, 1) as crew:
+        for _ in range(2):
+            lost = crew.ask("a", 30)
+            assert lost == Lost(
+                "tool-error", f"its worker process does not start ({why})", number, begun=False
+            )
+
+
+def test_modules_in_the_current_folder_are_not_taken_for_what_workers_need(tmp_path):
+    pools = "Local(2)" if sys.version_info >= (3, 11) else ""  # joblib's workers cannot be told before
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("random", "soxr", "tempfile"):
+        (here / f"{name}.py").write_text(f"raise SystemExit('not this {name}')\n")
+    script = tmp_path / "parent.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from clipmill.run import Crew, Local, run_rounds
+from test_crew import double
+if __name__ == "__main__":
+    with Crew(double, 1) as crew:
+        print(crew.ask(21, 30))
+    for engine in [{pools}]:
+        assert dict(run_rounds(double, [1, 2, 3], engine)) == {{0: 2, 1: 4, 2: 6}}
+""")
+    done = subprocess.run(
+        [sys.executable, script], cwd=here, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("42\n", "")
+
+
+@contextlib.contextmanager
+def dead_disk(folder: Path) -> Iterator[Path]:
+    """A mounted file system whose server has answered once and never again: who reads there cannot be killed."""
+    try:
+        server = os.open("/dev/fuse", os.O_RDWR)
+    except OSError as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    libc = ctypes.CDLL(None, use_errno=True)
+    options = f"fd={server},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
+    try:
+        if libc.mount(b"dead", bytes(folder), b"fuse", 0, options.encode()):
+            pytest.skip(f"no file system can be mounted here: {os.strerror(ctypes.get_errno())}")
+        hello = os.read(server, 1 << 20)
+        answer = struct.pack("<IIIIHHII", 7, 31, 0, 0, 12, 9, 131072, 1).ljust(64, b"\0")
+        os.write(
+            server, struct.pack("<IiQ", 16 + len(answer), 0, *struct.unpack_from("<Q", hello, 8)) + answer
+        )
+        # It takes the first request, and keeps it.
+        threading.Thread(target=os.read, args=(server, 1 << 20), daemon=True).start()
+        yield folder
+    finally:
+        os.close(server)  # what waits is let go
+        libc.umount2(bytes(folder), 2)
+
+
+def test_a_worker_that_cannot_be_killed_is_left_behind(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "file").write_bytes(b"here")
+    with dead_disk(disk), Crew(content, 1) as crew:
+        assert crew.ask(str(tmp_path / "file"), 30) == b"here"
+        stuck = crew._workers[0].process
+        assert crew.ask(str(disk / "file"), 0.5) == Lost("timeout", "took longer than 0.5 s")
+        assert stuck.poll() is None
+        assert crew.ask(str(tmp_path / "file"), 30) == b"here"
+    assert stuck.wait(10) == -signal.SIGKILL
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path):

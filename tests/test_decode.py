@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import tracemalloc
 from pathlib import Path
@@ -231,7 +232,7 @@ def test_a_header_that_lies_gives_a_clip_or_an_error_and_costs_no_memory(tmp_pat
 
 
 @pytest.mark.parametrize("kind", [
-    "wav size 4294967295", "flac samples 0", "flac samples 1", "flac samples 15999", "mp3 frames 3",
+    "wav size 0", "wav size 4294967295", "flac samples 0", "flac samples 1", "flac samples 15999", "mp3 frames 3",
 ])  # fmt: skip
 def test_a_header_that_says_too_little_loses_nothing(tmp_path, kind):
     assert decode(lying(tmp_path, kind)).duration_s == pytest.approx(2.0, abs=0.3)
@@ -241,6 +242,195 @@ def test_a_header_that_says_too_little_loses_nothing(tmp_path, kind):
 def test_a_header_that_promises_more_than_is_there_is_corrupt(tmp_path, kind):
     with pytest.raises(DecodeError, match="is cut short"):
         decode(lying(tmp_path, kind))
+
+
+# files that are cut short, and stretches of them
+
+
+TEN_S = {
+    "wav": (), "aiff": (), "flac": (), "mp3": ("-b:a", "64k"), "webm": ("-c:a", "libopus"), "au": (), "w64": (), "caf": (),
+    "m4a": ("-c:a", "aac", "-movflags", "+faststart"), "rf64.wav": ("-rf64", "always"), "ima.wav": ("-c:a", "adpcm_ima_wav"),
+    "ms.wav": ("-c:a", "adpcm_ms"), "ac3": (), "wma": (), "mpg": ("-c:a", "mp2"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ten(tmp_path_factory) -> Path:
+    """Ten seconds of noise, 44.1 kHz, mono, whole as `x.SUFFIX` and the first half of its bytes as `half.SUFFIX`."""
+    folder = tmp_path_factory.mktemp("ten")
+    soundfile.write(folder / "x.wav", np.random.default_rng(0).normal(0, 0.1, 441_000), 44_100)
+    made = [a for suffix, how in TEN_S.items() if suffix != "wav" for a in (*how, folder / f"x.{suffix}")]
+    ffmpeg("-i", folder / "x.wav", *made)
+    for suffix in TEN_S:
+        data = (folder / f"x.{suffix}").read_bytes()
+        (folder / f"half.{suffix}").write_bytes(data[: len(data) // 2])
+    return folder
+
+
+@pytest.mark.parametrize("decoder", ["auto", "ffmpeg"])
+@pytest.mark.parametrize("suffix", ["mp3", "webm", "au", "w64", "caf", "rf64.wav", "ima.wav", "ms.wav"])
+def test_a_cut_file_is_corrupt_whatever_the_decoder(ten, suffix, decoder):
+    assert decode(ten / f"x.{suffix}", decoder=decoder).duration_s == pytest.approx(10, abs=0.06)
+    with pytest.raises(DecodeError) as caught:
+        decode(ten / f"half.{suffix}", decoder=decoder)
+    assert caught.value.reason == "corrupt"
+
+
+@pytest.mark.parametrize("suffix", ["wav", "aiff", "flac", "mp3", "webm", "m4a", "rf64.wav"])
+def test_a_stretch_of_a_cut_file_is_had_where_the_sound_is_and_corrupt_where_it_should_be(ten, suffix):
+    assert decode(ten / f"half.{suffix}", 1.0, 3.0).duration_s == 2
+    for start, end in ((4.0, 8.0), (0.0, 8.0), (7.0, 8.0), (7.0, None)):
+        with pytest.raises(DecodeError) as caught:
+            decode(ten / f"half.{suffix}", start, end)
+        assert caught.value.reason == "corrupt"
+    assert decode(ten / f"x.{suffix}", 8.0, 12.0).duration_s == pytest.approx(2, abs=0.06)
+    with pytest.raises(DecodeError) as caught:
+        decode(ten / f"x.{suffix}", 11.0, 12.0)
+    assert caught.value.reason == "too-short"
+
+
+@pytest.mark.parametrize(("suffix", "sound_as", "picture_as"), [
+    ("mp4", ("-c:a", "aac", "-movflags", "+faststart"), "mpeg4"), ("webm", ("-c:a", "libopus"), "libvpx"),
+])  # fmt: skip
+def test_the_length_of_the_sound_counts_and_not_that_of_a_picture_beside_it(ten, tmp_path, suffix, sound_as, picture_as):  # fmt: skip
+    path = tmp_path / f"x.{suffix}"
+    for seconds in (10, 15):
+        picture = ("-f", "lavfi", "-i", f"testsrc=s=64x64:r=5:d={seconds}", "-c:v", picture_as)
+        ffmpeg("-i", ten / "x.wav", *picture, *sound_as, path)
+        assert decode(path).duration_s == pytest.approx(10, abs=0.06)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for decoder in ("auto", "ffmpeg"):
+        with pytest.raises(DecodeError) as caught:
+            decode(path, decoder=decoder)
+        assert caught.value.reason == "corrupt"
+
+
+def id3(name: bytes, content: bytes) -> bytes:
+    frame = name + struct.pack(">I", len(content)) + b"\0\0" + content
+    size = bytes(len(frame) >> shift & 127 for shift in (21, 14, 7, 0))
+    return b"ID3\3\0\0" + size + frame
+
+
+def test_a_cover_picture_of_any_size_does_not_hide_that_an_mp3_is_cut(ten, tmp_path):
+    path = tmp_path / "x.mp3"
+    cover = id3(b"APIC", b"\0image/jpeg\0\3\0" + np.random.default_rng(0).bytes(150_000))
+    path.write_bytes(cover + (ten / "x.mp3").read_bytes())
+    assert decode(path).duration_s == pytest.approx(10, abs=0.06)
+    path.write_bytes(cover + (ten / "half.mp3").read_bytes())
+    with pytest.raises(DecodeError, match="is cut short"):
+        decode(path)
+
+
+def test_a_title_does_not_make_an_estimate_of_an_mp3s_length_a_promise(tmp_path):
+    path = tmp_path / "x.mp3"
+    noise = np.random.default_rng(0).normal(0, 0.1, 441_000) * (np.arange(441_000) > 132_300)
+    soundfile.write(tmp_path / "x.wav", noise, 44_100)
+    ffmpeg("-i", tmp_path / "x.wav", "-q:a", 2, "-write_xing", 0, "-id3v2_version", 0, path)
+    path.write_bytes(id3(b"TIT2", b"\0Information hour") + path.read_bytes())
+    assert decode(path).duration_s == pytest.approx(10, abs=0.06)
+
+
+@pytest.mark.parametrize("suffix", ["webm", "mka"])
+def test_sound_that_starts_late_or_has_gaps_in_its_container_is_no_cut_file(ten, tmp_path, suffix):
+    late, gap = tmp_path / f"late.{suffix}", tmp_path / f"gap.{suffix}"
+    ffmpeg("-i", ten / "x.wav", "-c:a", "libopus", "-output_ts_offset", 7, late)
+    assert decode(late).duration_s == pytest.approx(10, abs=0.06)
+    ffmpeg("-i", ten / "x.wav", "-af", "aselect=not(between(t\\,3\\,6))", "-c:a", "libopus", gap)
+    assert decode(gap).duration_s == pytest.approx(7, abs=0.1)
+
+
+def test_a_webm_with_a_hole_is_corrupt_and_not_one_with_a_gap(ten, tmp_path):
+    path = tmp_path / "x.webm"
+    data = bytearray((ten / "x.webm").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 3000] = np.random.default_rng(0).bytes(3000)
+    path.write_bytes(data)
+    with pytest.raises(DecodeError, match="is cut short"):
+        decode(path)
+
+
+# damaged FLAC
+
+
+def test_a_flac_with_one_bit_wrong_is_corrupt(ten, tmp_path):
+    rng, whole = np.random.default_rng(3), (ten / "x.flac").read_bytes()
+    for _ in range(12):
+        data = bytearray(whole)
+        data[rng.integers(9000, len(data))] ^= 1 << int(rng.integers(8))
+        (tmp_path / "x.flac").write_bytes(data)
+        for decoder in ("auto", "ffmpeg"):
+            with pytest.raises(DecodeError) as caught:
+                decode(tmp_path / "x.flac", decoder=decoder)
+            assert caught.value.reason == "corrupt"
+
+
+@pytest.mark.parametrize("kind", ["bit", "junk", "hole"])
+@pytest.mark.parametrize("at", [0.034, 0.5])
+def test_a_stretch_of_a_damaged_flac_is_exact_or_corrupt(ten, tmp_path, kind, at):
+    path, data = tmp_path / "x.flac", bytearray((ten / "x.flac").read_bytes())
+    place = int(at * len(data))
+    if kind == "bit":
+        data[place] ^= 16
+    else:
+        data[place : place + 3000] = b"\x5a" * 3000 if kind == "junk" else b""
+    path.write_bytes(data)
+    reference = soundfile.read(ten / "x.wav", dtype="float32")[0]
+    for start, end in ((0, 2), (2, 4), (4, 6), (7, 9), (8, None)):
+        if start <= 10 * at < (end or 10):
+            with pytest.raises(DecodeError) as caught:
+                decode(path, start, end)
+            assert caught.value.reason == "corrupt"
+        else:
+            expected = reference[start * 44_100 : end and end * 44_100]
+            assert np.array_equal(decode(path, start, end).samples, expected)
+
+
+# where seeking lies
+
+
+@pytest.mark.parametrize("suffix", ["ac3", "wma", "mpg"])
+def test_where_places_would_be_reckoned_from_the_bit_rate_a_stretch_is_counted_from_the_start(ten, suffix):
+    whole, part = decode(ten / f"x.{suffix}"), decode(ten / f"x.{suffix}", 6.5, 8.25)
+    assert np.array_equal(part.samples, whole.samples[round(6.5 * whole.rate) : round(8.25 * whole.rate)])
+
+
+def test_the_ffmpeg_program_refuses_what_it_would_mix_anew_part_way(joined):
+    with pytest.raises(DecodeError) as caught:
+        decode(joined / "both.aac", decoder="ffmpeg")
+    assert caught.value.reason == "corrupt"
+
+
+def test_flac_streams_in_ogg_may_follow_each_other(tmp_path):
+    parts = []
+    for hz, seconds, rate in ((1000, 4, 44100), (3000, 3, 22050)):
+        soundfile.write(tmp_path / "x.wav", sine(hz, seconds, rate, 1), rate)
+        ffmpeg("-i", tmp_path / "x.wav", "-c:a", "flac", tmp_path / "x.ogg")
+        parts.append((tmp_path / "x.ogg").read_bytes())
+    path = tmp_path / "both.ogg"
+    path.write_bytes(b"".join(parts))
+    for start, end, hz in ((None, None, 3000), (2.0, None, 3000), (5.0, 6.0, 3000), (2.0, 3.0, 1000)):
+        audio = decode(path, start, end)
+        assert audio.duration_s == pytest.approx((end or 7.0) - (start or 0.0), abs=0.002)
+        assert pitch(audio.samples[-audio.rate // 2 :], audio.rate) == pytest.approx(hz, abs=12)
+
+
+# memory
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_long_sound_is_never_in_memory_twice(tmp_path, channels):
+    path = tmp_path / "x.wav"
+    soundfile.write(path, np.zeros((240 * 48_000, channels), np.int16), 48_000)
+    tracemalloc.start()
+    try:
+        audio = decode(path)
+        decoding = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        samples = to_int16(audio.samples)
+        rounding = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert decoding < 1.5 * audio.samples.nbytes
+    assert rounding < 1.2 * (audio.samples.nbytes + samples.nbytes)
 
 
 # the resampler: docs/audio.md has the figures, benchmarks/resampler.py measures them

@@ -6,6 +6,7 @@ Against real clusters on this machine: a Dask scheduler with two workers, a Ray 
 from __future__ import annotations
 
 import errno
+import http.server
 import os
 import re
 import secrets
@@ -13,19 +14,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import soundfile
 
 from clipmill.errors import ClipmillError, ConfigError, RunError
 from clipmill.run import Engine, Lost, run_rounds
 from clipmill.run.dask import DaskEngine
 from clipmill.run.ray import RayEngine
-from clipmill.run.slurm import SlurmEngine
+from clipmill.run.slurm import SlurmEngine, cancel_leftovers, leftovers
+from conftest import sound
 from slurm_node import NoSlurm, slurm_node
 
 HERE = Path(__file__).parent
@@ -54,7 +58,7 @@ def work(unit: Unit) -> str:
     if unit.how == "dies" or (unit.how == "dies once" and begun == 1):
         os.kill(os.getpid(), signal.SIGKILL)
     if unit.how == "takes a while":
-        time.sleep(2)
+        time.sleep(1)
     if unit.how == "hangs once" and begun == 1:
         time.sleep(600)
     if unit.how == "has a helper":  # as a decoder may be: it must not hear what is meant for the task
@@ -186,7 +190,7 @@ def test_stopped_early_it_begins_nothing_more(engine, tmp_path):
     with closing(engine.run(work, [Unit(name, "takes a while", tmp_path) for name in names])) as results:
         next(results)
     before = sum(begun(tmp_path, name) for name in names)
-    time.sleep(2.5)
+    time.sleep(1.5)
     assert sum(begun(tmp_path, name) for name in names) <= before < len(names)
 
 
@@ -207,11 +211,110 @@ def test_a_cluster_started_for_the_job_ends_with_it(kind, make, tmp_path):
     until(lambda: not worker.exists(), 10)
 
 
+@pytest.fixture(scope="module")
+def minute(run, tmp_path_factory) -> Path:
+    """A root with `minute`: many clips, and a current folder with modules that nobody means."""
+    folder = tmp_path_factory.mktemp("minute")
+    (folder / "media" / "noise").mkdir(parents=True)
+    first = folder / "media" / "noise" / "0.wav"
+    soundfile.write(first, sound(1.0, 44100), 44100)
+    for number in range(1, 300):
+        os.link(first, first.with_name(f"{number}.wav"))
+    fetched = run(
+        "fetch", "folder", "--name", "minute", "--from", folder / "media", "--root", folder / "root"
+    )
+    assert fetched.returncode == 0
+    (folder / "here").mkdir()
+    for name in ("random", "soxr"):
+        (folder / "here" / f"{name}.py").write_text(f"raise SystemExit('not this {name}')\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("dask", signal.SIGINT), ("ray", signal.SIGTERM), ("local", signal.SIGINT)]
+)
+def test_the_command_stopped_in_the_middle_says_so_and_nothing_else(name, number, minute):
+    """All its processes hear of Ctrl-C, as in a terminal; who calls a scheduler's command stops it alone."""
+    pytest.importorskip({"dask": "distributed", "ray": "ray", "local": "joblib"}[name])
+    out = minute / name
+    command = ["import sys; del sys.path[0]; from clipmill.cli import main; main()", "shard", "minute"]
+    command += ["--root", minute / "root", "--out", out, "--clips-per-shard", "1", "--jobs", "2"]
+    with subprocess.Popen(
+        [sys.executable, "-c", *command, "--engine", name],
+        cwd=minute / "here",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        until(lambda: len(list(out.glob("*.tar"))) > 4 or process.poll() is not None)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        said = process.communicate(timeout=60)[1]
+    lines = [line for line in said.splitlines() if line and not line.startswith("shard minute:")]
+    assert lines == ["interrupted: run the same command again to go on"]
+    assert process.returncode == 130
+    assert "failed" not in said
+
+
+@pytest.fixture
+def other_server() -> Iterator[str]:
+    """Where something answers that is neither Dask nor Ray."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), QuietHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class QuietHandler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("kind", "module"), [(DaskEngine, "distributed"), (RayEngine, "ray")])
+def test_an_address_where_something_else_answers_is_said_in_one_line(kind, module, other_server, capfd):
+    pytest.importorskip(module)
+    with pytest.raises(ConfigError, match=r"no (Dask scheduler|Ray cluster) answers there") as caught:
+        list(kind(other_server).run(work, [Unit("a")]))
+    assert f"--address {other_server}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@dataclass
+class Barren:
+    """An engine whose workers always die, but for those that get one of `good`; it counts its rounds."""
+
+    good: frozenset[int] = frozenset()
+    rounds: int = 0
+
+    def run(
+        self, function: Callable[[int], int], units: Sequence[int]
+    ) -> Generator[tuple[int, int], None, None]:
+        self.rounds += 1
+        if units[0] in self.good:
+            yield 0, function(units[0])
+
+
+def test_where_every_worker_dies_the_rest_is_given_up_after_one_batch():
+    engine = Barren()
+    found = list(run_rounds(abs, range(8125), engine))
+    assert sorted(place for place, _ in found) == list(range(8125))
+    assert {result for _, result in found} == {Lost("tool-error", "each worker process that had it was lost")}
+    assert engine.rounds < 100
+
+
+def test_as_long_as_anything_comes_of_the_units_none_is_given_up_untried():
+    found = dict(run_rounds(abs, range(48), Barren(frozenset(range(10, 48, 10)))))
+    assert {place for place, result in found.items() if not isinstance(result, Lost)} == {10, 20, 30, 40}
+    assert len(found) == 48
+
+
 @pytest.mark.parametrize(
     ("kind", "address", "what"),
     [
         (DaskEngine, "tcp://127.0.0.1:1", "no Dask scheduler answers there"),
         (DaskEngine, "nonsense://127.0.0.1:1", "no Dask scheduler answers there"),
+        (DaskEngine, "tcp://127.0.0.1", "no Dask scheduler answers there"),
         (RayEngine, "127.0.0.1:1", "no Ray cluster answers there"),
     ],
 )
@@ -312,6 +415,24 @@ class TestSlurm:
             process.kill()
         assert dict(slurm.run(work, [Unit("a")])) == {0: "A"}
         until(lambda: not in_queue())
+
+    def test_tasks_of_a_driver_that_was_killed_can_be_cancelled_before_another_engine_writes_there(
+        self, slurm, tmp_path
+    ):
+        assert leftovers(slurm.folder) == []
+        with driver(slurm, [Unit("a", "hangs once", tmp_path), Unit("b", "hangs once", tmp_path)]) as process:
+            until(lambda: begun(tmp_path, "a") == begun(tmp_path, "b") == 1)
+            process.kill()
+        assert leftovers(slurm.folder) == in_queue()
+        assert cancel_leftovers(slurm.folder) == 2
+        assert not in_queue()
+        assert not Path("/proc", (tmp_path / "a").read_text().strip()).exists()
+        assert [path.name for path in slurm.folder.iterdir()] == ["logs"]
+        assert (leftovers(slurm.folder), cancel_leftovers(slurm.folder)) == ([], 0)
+
+    def test_a_folder_whose_name_slurm_would_read_as_a_pattern_is_refused(self, slurm, tmp_path):
+        with pytest.raises(ConfigError, match=r"100% sure/slurm has % in its path.*--out"):
+            SlurmEngine(tmp_path / "100% sure" / "slurm")
 
     def test_ctrl_c_cancels_the_array(self, slurm, tmp_path):
         with driver(slurm, [Unit("a", "hangs once", tmp_path), Unit("b")]) as process:

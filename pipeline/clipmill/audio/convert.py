@@ -8,6 +8,7 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
+_BLOCK = 1 << 20  # samples
 Sample = TypeVar("Sample", np.int16, np.float32)
 
 
@@ -28,10 +29,13 @@ def resample(samples: NDArray[np.float32], rate_from: int, rate_to: int) -> NDAr
 
 def to_int16(samples: NDArray[np.float32]) -> NDArray[np.int16]:
     """float32 in -1..1 to int16, rounded to nearest and clipped; the exact inverse of int16 / 32768."""
-    scaled = samples * np.float32(32768.0)
-    np.rint(scaled, out=scaled)
-    np.clip(scaled, -32768, 32767, out=scaled)
-    return scaled.astype("<i2")
+    result = np.empty(len(samples), "<i2")
+    for start in range(0, len(samples), _BLOCK):  # a copy of an hour as float32 would be 600 MB
+        scaled = samples[start : start + _BLOCK] * np.float32(32768.0)
+        np.rint(scaled, out=scaled)
+        np.clip(scaled, -32768, 32767, out=scaled)
+        result[start : start + _BLOCK] = scaled
+    return result
 
 
 def pad_to_seconds(samples: NDArray[np.int16], rate: int) -> NDArray[np.int16]:

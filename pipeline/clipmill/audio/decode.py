@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from clipmill.audio.chunks import missing_frames
+from clipmill.audio.chunks import has_xing, missing_frames
 from clipmill.audio.ffmpeg import decode_with_ffmpeg
 from clipmill.errors import ConfigError, DecodeError
 from clipmill.types import Audio
@@ -46,8 +46,21 @@ _UNREAD_BYTES = {
     "OGG": 1 << 12,
     "MP3": 1 << 12,
 }  # more than this unread at the end is more than tags and read-ahead
+_BETWEEN_PACKETS = 1 << 11  # bytes: more than a container has to say there
+_CHUNKED = (
+    "WAV",
+    "WAVEX",
+    "RF64",
+    "W64",
+    "AIFF",
+    "CAF",
+    "AU",
+)  # of these a cut end can be seen in the header
+# Formats in which FFmpeg finds a place by an index or by times; in others it reckons it from the bit rate.
+_INDEXED = ("matroska", "webm", "mp4", "ogg", "flac", "wav", "w64", "aiff", "caf", "au", "avi", "mp3")
 _CHAINED = ("OGG", "MP3")  # what is a whole file still when several are put one after the other
 _ID3 = re.compile(rb"ID3[\x02-\x04]\0.[\x00-\x7f]{4}", re.DOTALL)
+_CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 _DTYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}  # FFmpeg's names
 _UNREAD_BYTES_ELSE = 1 << 17  # WAV and its like carry whole chunks of metadata after the samples
 
@@ -69,9 +82,7 @@ def decode(
     if start_s < 0 or (end_s is not None and end_s <= start_s):
         raise ConfigError(f"{path}: no stretch from {start_s:g} s to {end_s:g} s")
     _check_readable(path)
-    audio = (
-        decode_with_ffmpeg(path, start_s, end_s) if decoder == "ffmpeg" else _in_process(path, start_s, end_s)
-    )
+    audio = (_by_program if decoder == "ffmpeg" else _in_process)(path, start_s, end_s)
     if not len(audio.samples):
         if start_s:
             raise DecodeError("too-short", f"the source ends before {start_s:g} s")
@@ -80,7 +91,7 @@ def decode(
         raise DecodeError(
             "corrupt", f"says its rate is {audio.rate} Hz; allowed are {MIN_RATE} to {MAX_RATE}"
         )
-    if not np.isfinite(audio.samples).all():
+    if not np.isfinite([audio.samples.min(), audio.samples.max()]).all():  # either is nan where one sample is
         raise DecodeError("corrupt", "decodes to samples that are no finite numbers")
     return audio
 
@@ -99,6 +110,24 @@ def _check_readable(path: Path) -> None:
         raise DecodeError("empty", "the file has no bytes")
 
 
+def _begins_with(path: Path, magic: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _by_program(path: Path, start_s: float, end_s: float | None) -> Audio:
+    """The ffmpeg program, which calls a file whole that ends between two packets: what it states is asked for too.
+
+    Raises:
+        DecodeError: also where decoding in process finds that the file is cut short.
+    """
+    audio = decode_with_ffmpeg(path, start_s, end_s)
+    promised_s = _due_s(_promised_s(path), start_s, end_s)
+    if promised_s is not None and _lacks(audio.duration_s, promised_s):
+        _in_process(path, start_s, end_s)  # tells a cut end from a gap between packets
+    return audio
+
+
 def _in_process(path: Path, start_s: float, end_s: float | None) -> Audio:
     """libsndfile, then PyAV where libsndfile fails or its result is in doubt.
 
@@ -110,12 +139,18 @@ def _in_process(path: Path, start_s: float, end_s: float | None) -> Audio:
         audio, doubt = _decode_soundfile(path, start_s, end_s)
     except (soundfile.SoundFileError, RuntimeError) as error:
         refusal = _one_line(error, path)
+        # FFmpeg seeks within the first of streams that follow each other alone.
+        chained = start_s > _PREROLL_S and _begins_with(path, b"OggS") and len(_links(path)) > 1
         try:
-            return _decode_av(path, start_s, end_s)
+            audio = _decode_av(path, start_s, end_s, seek=not chained)
+            if end_s is None or audio.duration_s < end_s - start_s:  # libsndfile opens no CAF that is cut
+                stated_s = start_s + audio.duration_s + missing_frames(path) / audio.rate
+                _check_whole(audio.duration_s, _due_s(stated_s, start_s, end_s))
         except DecodeError as second:
             if second.reason != "corrupt":
                 raise
             raise DecodeError("corrupt", f"libsndfile: {refusal}; FFmpeg: {second}") from second
+        return audio
     if doubt.any:
         try:
             other = _decode_av(path, start_s, end_s)
@@ -130,10 +165,21 @@ def _in_process(path: Path, start_s: float, end_s: float | None) -> Audio:
 
 def _check_whole(found_s: float, promised_s: float | None, *, exact: bool = False) -> None:
     """Raise DecodeError where less was found than a reliable (or exact) statement of the length promised."""
-    if promised_s is not None and promised_s - found_s > (0.0005 if exact else max(0.1, 0.02 * promised_s)):
+    if promised_s is not None and _lacks(found_s, promised_s, exact=exact):
         raise DecodeError(
             "corrupt", f"is cut short: {promised_s:.2f} s are promised, {found_s:.2f} s are there"
         )
+
+
+def _lacks(found_s: float, promised_s: float, *, exact: bool = False) -> bool:
+    return promised_s - found_s > (0.0005 if exact else max(0.1, 0.02 * promised_s))
+
+
+def _due_s(stated_s: float | None, start_s: float, end_s: float | None) -> float | None:
+    """Seconds of a stretch that a file holds which states its length; None where it states none."""
+    if stated_s is None:
+        return None
+    return max(min(stated_s, stated_s if end_s is None else end_s) - start_s, 0.0)
 
 
 @dataclass(frozen=True)
@@ -160,13 +206,20 @@ def _decode_soundfile(path: Path, start_s: float, end_s: float | None) -> tuple[
         first = round(start_s * rate)
         wanted = None if end_s is None else max(round(end_s * rate) - first, 0)
         form = file.format
-        if first and (first >= promised or not file.seekable()):
+        if form == "FLAC" and (first or wanted is not None):
+            # libsndfile passes over damaged frames when it seeks, and what follows them comes too early.
+            with suppress(DecodeError):
+                return _decode_av(path, start_s, end_s), _Doubt()
+            _read_mono(file, first)  # in order it finds the damage, or that it was FFmpeg's alone
+        elif first and (first >= promised or not file.seekable()):
             links = _links(path) if form in _CHAINED else []
-            audio = (
-                _decode_chain(links, start_s, end_s) if len(links) > 1 else _decode_av(path, start_s, end_s)
-            )
-            return audio, _Doubt()
-        if first:
+            if len(links) > 1:
+                return _decode_chain(links, start_s, end_s), _Doubt()
+            promise = _reliable_promise(path, form, promised)
+            if promise is not None and promised <= first < promise:
+                _check_whole(promised / rate, promise / rate)
+            return _decode_av(path, start_s, end_s), _Doubt()
+        elif first:
             file.seek(first)
         samples = _read_mono(file, wanted)
         read = len(samples)
@@ -174,13 +227,18 @@ def _decode_soundfile(path: Path, start_s: float, end_s: float | None) -> tuple[
     if wanted is not None and read >= wanted:  # all that was asked for is there
         return Audio(samples, rate, channels), _Doubt()
     unread = left > _UNREAD_BYTES.get(form, _UNREAD_BYTES_ELSE)
-    if form in _CHAINED and (unread or wanted is not None) and len(links := _links(path)) > 1:
+    if form in _CHAINED and (unread or first or wanted is not None) and len(links := _links(path)) > 1:
         return _decode_chain(links, start_s, end_s), _Doubt()
     slack = _MP3_SLACK if form == "MP3" else 0
     short = promised - first - read
     promise = _reliable_promise(path, form, promised)
-    due = None if promise is None or wanted is not None else promise - first
-    doubtful = abs(short) > slack or unread or (due is not None and due - read > slack)
+    due = None if promise is None else promise - first if wanted is None else min(promise - first, wanted)
+    doubtful = (
+        (wanted is None and abs(short) > slack)
+        or unread
+        or (not read and left > 0)
+        or (due is not None and due - read > slack)
+    )
     promised_s = None if due is None else due / rate
     return Audio(samples, rate, channels), _Doubt(doubtful, form == "FLAC" and short > 0, promised_s)
 
@@ -188,7 +246,7 @@ def _decode_soundfile(path: Path, start_s: float, end_s: float | None) -> tuple[
 def _read_mono(file: soundfile.SoundFile, wanted: int | None) -> NDArray[np.float32]:
     """The next `wanted` frames of an open file, or all that are left, mixed to mono `[frames]`."""
     most = max(_READ // file.channels, 1)
-    blocks: list[NDArray[np.float32]] = []
+    sound = _Sound()
     read = 0
     while wanted is None or read < wanted:
         size = most if wanted is None else min(most, wanted - read)
@@ -196,8 +254,8 @@ def _read_mono(file: soundfile.SoundFile, wanted: int | None) -> NDArray[np.floa
         if not len(block):
             break
         read += len(block)
-        blocks.append(_mean_of_channels(block.T))
-    return _joined(blocks)
+        sound.append(_mean_of_channels(block.T))
+    return sound.joined()
 
 
 def _links(path: Path) -> list[bytes]:
@@ -247,21 +305,44 @@ def _reliable_promise(path: Path, form: str, promised: int) -> int | None:
     """Frames that a file states in a way to be trusted, or None.
 
     Not an MP3's without a Xing header (an estimate from its first frame), nor an absurd
-    one; and of WAV and AIFF the chunk's own size, for libsndfile hides what is cut off.
+    one; and of WAV, AIFF and their like the chunk's own size, for libsndfile hides what is cut off.
     """
-    if form in ("WAV", "WAVEX", "AIFF"):
+    if form in _CHUNKED:
         return promised + missing_frames(path)
     if form == "FLAC":
         return promised if promised < _ABSURD else None
     if form == "MP3":
-        with open(path, "rb") as file:
-            head = file.read(1 << 16)
-        return promised if b"Xing" in head or b"Info" in head else None
+        return promised if has_xing(path) else None
     return None
 
 
-def _decode_av(path: Path, start_s: float, end_s: float | None) -> Audio:
-    """Decode by PyAV (FFmpeg's libraries)."""
+def _promised_s(path: Path) -> float | None:
+    """Seconds that a file's header states in a way to be trusted; None where it states none, or cannot be opened."""
+    import av
+
+    try:
+        with (
+            _silenced_stderr(),
+            open(path, "rb") as raw,
+            soundfile.SoundFile(raw.fileno(), closefd=False) as file,
+        ):
+            promise = _reliable_promise(path, file.format, file.frames)
+            return None if promise is None else promise / file.samplerate
+    except (soundfile.SoundFileError, RuntimeError):
+        pass
+    av.logging.set_level(av.logging.PANIC)
+    try:
+        with av.open(str(path), metadata_errors="ignore") as container:
+            stream = container.streams.audio[0]
+            return _stated_s(
+                container, stream, max(float((stream.start_time or 0) * (stream.time_base or 0)), 0.0)
+            )
+    except (av.FFmpegError, ValueError, OverflowError, IndexError):
+        return None
+
+
+def _decode_av(path: Path, start_s: float, end_s: float | None, *, seek: bool = True) -> Audio:
+    """Decode by PyAV (FFmpeg's libraries), seeking where that can be trusted and `seek` allows it."""
     import av
 
     av.logging.set_level(av.logging.PANIC)
@@ -269,15 +350,24 @@ def _decode_av(path: Path, start_s: float, end_s: float | None) -> Audio:
         with av.open(str(path), metadata_errors="ignore") as container:
             if not container.streams.audio:
                 raise DecodeError("no-audio", f"holds no audio stream (read as {container.format.name})")
-            audio = _read_stream(container, path, start_s, end_s)
-            lacks = not len(audio.samples) or (end_s is not None and audio.duration_s < end_s - start_s - 0.1)
-        if start_s <= _PREROLL_S or not lacks:
-            return audio
+            if not seek or start_s <= _PREROLL_S or not _is_of(container, _INDEXED):
+                return _read_stream(container, path, start_s, end_s)
+            with suppress(DecodeError, av.FFmpegError):
+                audio = _read_stream(container, path, start_s, end_s, seek=True)
+                due_s = _due_s(_stated_s(container, container.streams.audio[0], 0.0), start_s, end_s)
+                enough_s = due_s or (0.0 if end_s is None else end_s - start_s)
+                if len(audio.samples) and audio.duration_s >= enough_s - 0.1:
+                    return audio
         # Seeking trusts times that can be wrong, as where the rate changes part-way; counting samples does not.
         with av.open(str(path), metadata_errors="ignore") as container:
-            return _read_stream(container, path, start_s, end_s, seek=False)
+            return _read_stream(container, path, start_s, end_s)
     except (av.FFmpegError, ValueError, OverflowError) as error:
         raise DecodeError("corrupt", _one_line(error, path)) from error
+
+
+def _is_of(container: av.container.InputContainer, names: Sequence[str]) -> bool:
+    """Whether the container's format is one of FFmpeg's `names`; it may have several names itself."""
+    return not set(names).isdisjoint(container.format.name.split(","))
 
 
 def _read_stream(
@@ -286,7 +376,7 @@ def _read_stream(
     start_s: float,
     end_s: float | None,
     *,
-    seek: bool = True,
+    seek: bool = False,
 ) -> Audio:
     """The first audio stream from `start_s` to `end_s`, whatever rates and layouts its frames have.
 
@@ -295,36 +385,53 @@ def _read_stream(
     import av
 
     stream = container.streams.audio[0]
-    origin_s = _seek(container, stream, start_s - _PREROLL_S) if seek and start_s > _PREROLL_S else None
+    exact = container.format.name == "flac"  # its frames are numbered, and its length is exact to the sample
+    if stream.codec_context.name == "flac":  # without, FFmpeg passes over damaged frames without a word
+        stream.codec_context.options = {"err_detect": "crccheck+explode"}
+    origin_s = _seek(container, stream, start_s - (0.0 if exact else _PREROLL_S)) if seek else None
     parts: list[tuple[int, NDArray[np.float32]]] = []  # rate and samples, one for each run of equal rate
-    blocks: list[NDArray[np.float32]] = []
+    sound = _Sound()
     rate = channels = 0
     at_s: float | None = None
+    heard_s = (
+        0.0  # the end of the last frame by the container's clock, which goes on where packets are left out
+    )
     try:
         for frame in container.decode(stream):
             if at_s is None:
                 origin_s = _origin_s(frame, stream) if origin_s is None else origin_s
-                at_s = max((frame.time or 0.0) - origin_s, 0.0)
+                # Where places are counted from the first sample, it stands at zero whatever its time (WMA's is late).
+                at_s = max((frame.time or 0.0) - origin_s, 0.0) if _is_of(container, _INDEXED) else 0.0
+            clock_s = at_s if frame.time is None or origin_s is None else frame.time - origin_s
+            if exact:
+                due_at_s = at_s if rate else start_s if seek else 0.0
+                gap = (clock_s - due_at_s) * frame.sample_rate
+                if gap > 0.5 or (
+                    seek and gap < -0.5 and rate
+                ):  # back in time: another stream after the first
+                    raise DecodeError("corrupt", f"lacks what should be at {at_s:.2f} s")
             if frame.sample_rate != rate:
-                if blocks:
-                    parts.append((rate, _joined(blocks)))
-                blocks, rate = [], frame.sample_rate
+                if rate:
+                    parts.append((rate, sound.joined()))
+                sound, rate = _Sound(), frame.sample_rate
             channels = max(channels, frame.layout.nb_channels)
             mono = _mean_of_channels(_as_float(frame))
             skip = max(round((start_s - at_s) * rate), 0)
             keep = None if end_s is None else max(round((end_s - at_s) * rate), 0)
-            blocks.append(mono[skip:keep])
+            sound.append(mono[skip:keep])
             at_s += len(mono) / rate
+            heard_s = clock_s + len(mono) / rate
             if end_s is not None and at_s >= end_s:
                 break
     except av.FFmpegError as error:
         raise DecodeError("corrupt", f"after {at_s or 0.0:.2f} s: {_one_line(error, path)}") from error
-    parts.append((rate, _joined(blocks)))
+    parts.append((rate, sound.joined()))
     samples = _at_one_rate(parts)
-    if container.duration and len(container.streams) == 1 and end_s is None and _states_its_length(container):
-        # FFmpeg passes over damaged FLAC frames without a word, but FLAC's length is exact to the sample.
-        exact = container.format.name == "flac"
-        _check_whole(at_s or 0.0, container.duration / av.time_base, exact=exact)
+    due_s = _due_s(_stated_s(container, stream, origin_s or 0.0), start_s, end_s)
+    found_s = max(at_s or 0.0, start_s) - start_s
+    if due_s is not None and _lacks(found_s, due_s) and heard_s - start_s > found_s and not _has_hole(path):
+        found_s = heard_s - start_s  # its packets leave a gap, as those of a broadcast do
+    _check_whole(found_s, due_s, exact=exact)
     if at_s is not None and "mp4" in container.format.name and stream.duration and stream.time_base:
         # MP4 states the length exactly: what is left of the last packet is the encoder's padding, not sound.
         surplus = round((at_s - float(stream.duration * stream.time_base)) * rate)
@@ -333,9 +440,44 @@ def _read_stream(
     return Audio(samples, parts[0][0] or 1, channels)
 
 
-def _states_its_length(container: av.container.InputContainer) -> bool:
-    """Whether the container's duration is stated by its header and not estimated from its size."""
-    return any(name in container.format.name for name in ("matroska", "webm", "mp4", "flac"))
+def _has_hole(path: Path) -> bool:
+    """Whether bytes between a container's packets belong to none of them: damage that FFmpeg passed over."""
+    import av
+
+    end = None
+    with av.open(str(path), metadata_errors="ignore") as container:
+        for packet in container.demux():
+            if packet.pos is None or packet.pos < 0:
+                continue
+            if end is not None and packet.pos - end > _BETWEEN_PACKETS:
+                return True
+            end = packet.pos + packet.size
+    return False
+
+
+def _stated_s(
+    container: av.container.InputContainer, stream: av.AudioStream, origin_s: float
+) -> float | None:
+    """Seconds of sound that the header states, and that are not reckoned from the file's size; None where it does not.
+
+    `origin_s` is the container's time where the sound starts. A video in the file may be longer than the sound.
+    """
+    import av
+
+    if _is_of(container, ("mp4",)):
+        return float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
+    whole_s = container.duration / av.time_base if container.duration else None
+    if _is_of(container, ("flac",)):
+        return whole_s
+    if not _is_of(container, ("matroska", "webm")):
+        return None
+    if found := _CLOCK.fullmatch(stream.metadata.get("DURATION", "")):
+        hours, minutes, seconds = map(float, found.groups())
+        own_s = 3600 * hours + 60 * minutes + seconds
+        whole_s = own_s if whole_s is None else min(own_s, whole_s)
+    elif len(container.streams) > 1:
+        return None
+    return None if whole_s is None else max(whole_s - origin_s, 0.0)
 
 
 def _seek(container: av.container.InputContainer, stream: av.AudioStream, place_s: float) -> float | None:
@@ -361,7 +503,10 @@ def _origin_s(first: av.AudioFrame, stream: av.AudioStream) -> float:
     """The container's time where the sound starts, in seconds: what it states, or its first frame's if that is earlier.
 
     A WebM's statement can be 30 ms late. Time before zero is an encoder's priming, and no sound.
+    A FLAC that states its length begins at zero: where FFmpeg's first frame is later, one before it is damaged.
     """
+    if stream.container.format.name == "flac" and stream.duration:
+        return 0.0
     stated_s = float((stream.start_time or 0) * (stream.time_base or 0))
     return max(min(stated_s, first.time or 0.0), 0.0)
 
@@ -407,6 +552,36 @@ def _mean_of_channels(channels: Sequence[NDArray[np.float32]] | NDArray[np.float
         mono *= np.float32(0.5)
         return mono
     return np.asarray(channels).mean(axis=0, dtype=np.float32)
+
+
+class _Sound:
+    """Mono samples that come in blocks; many of them grow in place, so that a long sound is never there twice."""
+
+    def __init__(self) -> None:
+        self._samples: NDArray[np.float32] = np.zeros(0, np.float32)
+        self._blocks: list[NDArray[np.float32]] = []
+        self._waiting = 0
+
+    def append(self, block: NDArray[np.float32]) -> None:
+        self._blocks.append(block)
+        self._waiting += len(block)
+        if self._waiting > 2 * _READ:
+            self._grow()
+
+    def joined(self) -> NDArray[np.float32]:
+        if not len(self._samples):
+            return _joined(self._blocks)
+        self._grow()
+        return self._samples
+
+    def _grow(self) -> None:
+        at = len(self._samples)
+        # The allocator moves a large array's pages, and copies nothing.
+        self._samples.resize(at + self._waiting, refcheck=False)
+        for block in self._blocks:
+            self._samples[at : at + len(block)] = block
+            at += len(block)
+        self._blocks, self._waiting = [], 0
 
 
 def _joined(blocks: list[NDArray[np.float32]]) -> NDArray[np.float32]:

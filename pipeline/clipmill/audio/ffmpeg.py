@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from clipmill.audio.chunks import skip_id3
 from clipmill.errors import DecodeError
 from clipmill.types import Audio
 
@@ -42,7 +43,14 @@ def decode_with_ffmpeg(path: Path, start_s: float = 0.0, end_s: float | None = N
     if end_s is not None:
         stretch["t"] = end_s - start_s
     # Explode on the first damaged packet: a clip with holes must be a row in the failures, not a clip.
-    source = ffmpeg.input(f"file:{path}", err_detect="explode", xerror=None, **seek)
+    # FLAC's damage shows in its checksums alone; sound MP3s are about that have wrong ones.
+    # And its frames are numbered from zero, also where the first that is sound comes later.
+    flac: dict[str, object] = (
+        {"err_detect": "crccheck+explode", "seek_timestamp": 1} if _is_flac(path) else {}
+    )
+    # Where channels change part-way, a filter made anew would mix them to those of the first part.
+    options = {"err_detect": "explode", "xerror": None, "reinit_filter": 0, **flac, **seek}
+    source = ffmpeg.input(f"file:{path}", **options)
     # AU, unlike WAV, allows a stream of unknown length.
     command = source.output(
         "pipe:", format="au", acodec="pcm_f32be", map="0:a:0", loglevel="error", **stretch
@@ -62,3 +70,9 @@ def decode_with_ffmpeg(path: Path, start_s: float = 0.0, end_s: float | None = N
         return Audio(np.zeros(0, np.float32), 1, 0)
     samples, rate = soundfile.read(io.BytesIO(done.stdout), dtype="float32", always_2d=True)
     return Audio(samples.mean(axis=1, dtype=np.float32), rate, samples.shape[1])
+
+
+def _is_flac(path: Path) -> bool:
+    with open(path, "rb") as file:
+        skip_id3(file)
+        return file.read(4) == b"fLaC"

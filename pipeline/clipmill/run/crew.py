@@ -28,10 +28,17 @@ Job = TypeVar("Job")
 
 _WATCH_EVERY_S = 0.5
 _STARTING_S = 120.0  # for a worker to start and import what its job needs, which is not the job's time
+_DYING_S = (
+    5.0  # for a worker that was killed to be gone: one that waits for a dead network disk stays for ever
+)
 _BEGUN = "begun"
 _PIPE_BYTES = 1 << 20  # what an unprivileged process may ask for: most results then pass in one piece
 
-_PROGRAM = "import sys; from clipmill.run.crew import work; work(*map(int, sys.argv[1:]))"
+# Python looks in the user's current folder first, and a `random.py` there would be taken for the real one.
+_PROGRAM = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "from clipmill.run.crew import work; work(*map(int, sys.argv[1:]))"
+)
 # A worker is one process among as many as there are cores: its libraries must not start threads for all of them.
 _ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1") | {
     # Arrays of some megabytes come and go with every job: given back to the system each time, as glibc would do,
@@ -39,6 +46,7 @@ _ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NU
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "MALLOC_TOP_PAD_": str(16 << 20),
+    "PYTHONSAFEPATH": "1",
 }
 
 
@@ -46,12 +54,14 @@ _ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NU
 class Lost:
     """Why a job has no result: `reason` is "timeout" (it was killed) or "tool-error" (its worker died).
 
-    `signal` is the number of the signal that ended the worker, where one did.
+    `signal` is the number of the signal that ended the worker, where one did. `begun` is False where the
+    worker never came to the job, which then has no part in it: it could not start, or import what it needs.
     """
 
     reason: str
     message: str
     signal: int | None = None
+    begun: bool = True
 
 
 @dataclass
@@ -61,6 +71,7 @@ class _Worker:
     answers: Connection
     job: Any = None
     busy: bool = False
+    begun: bool = False
     limit_s: float = 0.0
     deadline: float = 0.0
     done: int = 0
@@ -124,7 +135,7 @@ class Crew(Generic[Job]):
             self._end(worker)  # killed while it was idle
         worker = next((worker for worker in self._workers if not worker.busy), None) or self._hire()
         worker.job, worker.busy, worker.limit_s = job, True, limit_s
-        worker.deadline = time.monotonic() + (limit_s if worker.done else _STARTING_S)
+        worker.deadline = time.monotonic() + (limit_s if worker.begun else _STARTING_S)
         with contextlib.suppress(OSError):  # it died idle, and `results` will see that
             worker.jobs.send((self._function, job, self._memory_mb))
 
@@ -142,7 +153,10 @@ class Crew(Generic[Job]):
                     found.append((job, answer))
             elif time.monotonic() >= worker.deadline:
                 self._end(worker)
-                found.append((worker.job, Lost("timeout", f"took longer than {worker.limit_s:g} s")))
+                late = Lost("timeout", f"took longer than {worker.limit_s:g} s")
+                found.append(
+                    (worker.job, late if worker.begun else _not_begun("timeout", "it takes too long"))
+                )
         return found
 
     def ask(self, job: Job, limit_s: float) -> Any:
@@ -160,9 +174,15 @@ class Crew(Generic[Job]):
                 worker.process.wait(1)
             code = worker.process.returncode
             self._end(worker)
-            ended = f"its worker process died (exit code {code})"
-            return Lost("tool-error", ended, -code if code is not None and code < 0 else None)
+            number = -code if code is not None and code < 0 else None
+            if not worker.begun:
+                return _not_begun("tool-error", f"exit code {code}", number)
+            return Lost("tool-error", f"its worker process died (exit code {code})", number)
+        if isinstance(answer, Lost):
+            self._end(worker)
+            return answer
         if answer == _BEGUN:
+            worker.begun = True
             worker.deadline = time.monotonic() + worker.limit_s
             return answer
         result, error = answer
@@ -203,9 +223,14 @@ class Crew(Generic[Job]):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(worker.process.pid, signal.SIGKILL)
             worker.process.kill()
-            worker.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(_DYING_S)
         worker.jobs.close()
         worker.answers.close()
+
+
+def _not_begun(reason: str, why: str, number: int | None = None) -> Lost:
+    return Lost(reason, f"its worker process does not start ({why})", number, begun=False)
 
 
 def work(jobs_fd: int, answers_fd: int, parent: int) -> None:
@@ -218,6 +243,9 @@ def work(jobs_fd: int, answers_fd: int, parent: int) -> None:
         try:
             function, job, memory_mb = jobs.recv()
         except (EOFError, OSError):
+            return
+        except Exception as error:  # what the job needs cannot be imported
+            answers.send(_not_begun("tool-error", " ".join(f"{type(error).__name__}: {error}".split())))
             return
         try:
             if not begun:  # what it needs has been imported with the function

@@ -6,13 +6,16 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import signal
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 from clipmill.errors import ConfigError, RunError
 from clipmill.run.crew import Lost
+from clipmill.run.local import safe_path
 
 _ANSWER_S = 5
 """For a scheduler to answer."""
@@ -75,34 +78,17 @@ class DaskEngine:
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[Any]:
-        from distributed import Client, LocalCluster
-        from distributed.comm.addressing import parse_address
-        from distributed.comm.registry import get_backend
+        from distributed import Client
 
         # It tells at length of workers that come and go; what matters of that is in our account.
         logging.getLogger("distributed").setLevel(logging.CRITICAL)
         with contextlib.ExitStack() as stack:
-            place: Any = self.address
             if self.address is None:
-                # No limit of memory: near one, Dask's workers would pause, and be killed.
-                cluster = LocalCluster(
-                    n_workers=self.jobs,
-                    threads_per_worker=1,
-                    memory_limit=0,
-                    dashboard_address=None,
-                    silence_logs=logging.CRITICAL,
-                )
-                place = stack.enter_context(cluster)
-            try:
-                if self.address is not None:
-                    get_backend(parse_address(self.address)[0])  # of another kind, a client would hang
-                client = Client(place, timeout=_ANSWER_S, set_as_default=False)
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"--address {place}: no Dask scheduler answers there within {_ANSWER_S} s "
-                    f"({type(error).__name__}); `dask scheduler` says its address as it starts"
-                ) from error
-            yield stack.enter_context(client)
+                place = stack.enter_context(_started(self.jobs))
+            else:
+                place = self.address
+                _knock(place)
+            yield stack.enter_context(Client(place, timeout=_ANSWER_S, set_as_default=False))
 
     def _workers(self, backend: Any) -> int:
         """How many units can be worked on at a time, by now."""
@@ -113,6 +99,59 @@ class DaskEngine:
                 f"--address {self.address}: the Dask scheduler there has no workers after {_WORKERS_S} s; "
                 f"start some with `dask worker {self.address}`"
             ) from error
+
+
+@contextlib.contextmanager
+def _started(jobs: int) -> Iterator[Any]:
+    """A cluster of this machine."""
+    from distributed import LocalCluster
+
+    resource_tracker.ensure_running()  # left to the workers' thread, it would undo the mask there
+    with safe_path():
+        # Ctrl-C is for us. The workers are started, and started again, by a thread that is started here:
+        # it inherits the mask, and so do they.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            # No limit of memory: near one, Dask's workers would pause, and be killed.
+            cluster = LocalCluster(
+                n_workers=jobs,
+                threads_per_worker=1,
+                memory_limit=0,
+                dashboard_address=None,
+                scheduler_kwargs={
+                    "dashboard_address": "127.0.0.1:0"
+                },  # else 8787, and a warning where it is taken
+                silence_logs=logging.CRITICAL,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with cluster:
+            yield cluster
+
+
+def _knock(address: str) -> None:
+    """Raise ConfigError where no scheduler answers: a client would hang, or leave a mess behind."""
+    from distributed import Security, rpc
+
+    async def who() -> str:
+        async with rpc(address, connection_args=Security().get_connection_args("client")) as there:
+            return str((await there.identity())["type"])
+
+    async def in_time() -> str:
+        return await asyncio.wait_for(who(), _ANSWER_S)
+
+    try:
+        # In a thread of its own: a notebook has a loop in this one.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            found = thread.submit(asyncio.run, in_time()).result()
+        why = "" if found == "Scheduler" else f"a {found.lower()} does"
+    except (OSError, ValueError, TypeError, asyncio.TimeoutError) as error:
+        why = type(error).__name__
+    if why:
+        raise ConfigError(
+            f"--address {address}: no Dask scheduler answers there within {_ANSWER_S} s ({why}); "
+            "`dask scheduler` says its address as it starts"
+        )
 
 
 def _call(function: Callable[[Any], Any], job: tuple[int, Any]) -> tuple[int, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +37,31 @@ class Local:
             n_jobs=self.jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs"
         )
         call = _Call(function, os.getpid())
-        try:
-            yield from pool(delayed(call)(place, unit) for place, unit in enumerate(units))
-        except TerminatedWorkerError:
-            return
-        finally:
-            # Left to itself the pool lives on for minutes, in the way of what comes next.
-            get_reusable_executor().shutdown(wait=True, kill_workers=True)
+        with safe_path():
+            try:
+                yield from pool(delayed(call)(place, unit) for place, unit in enumerate(units))
+            except TerminatedWorkerError:
+                return
+            finally:
+                # Left to itself the pool lives on for minutes, in the way of what comes next.
+                get_reusable_executor().shutdown(wait=True, kill_workers=True)
+
+
+@contextlib.contextmanager
+def safe_path() -> Iterator[None]:
+    """Python processes started meanwhile import nothing from the folder they start in, from Python 3.11 on.
+
+    That is the user's current folder, and a `random.py` there would be taken for the real one.
+    """
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("PYTHONSAFEPATH", None)
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 @dataclass(frozen=True)
@@ -60,9 +80,10 @@ _watched = threading.Event()
 
 
 def _watch(parent: int) -> None:
-    """joblib's workers would wait for work for minutes after their parent was killed."""
+    """joblib's workers would wait for work for minutes after their parent was killed, and tell of a Ctrl-C."""
     if not _watched.is_set():
         _watched.set()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
 
 

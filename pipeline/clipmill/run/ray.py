@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -17,6 +20,11 @@ from clipmill.run.crew import Lost
 
 _PATIENCE_S = 10
 """For a running cluster to answer, and to have a core free."""
+
+_SETTINGS = b"\0\0\0\4\0\0\0\0\0"
+"""The head of an HTTP/2 frame of settings, the first that either side sends; gRPC's may come with some, and longer."""
+
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _SETTINGS
 
 _WHERE = "`ray start --head` says its address as it starts"
 
@@ -76,6 +84,9 @@ class RayEngine:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if self.address is not None:
             _knock(self.address)
+        # Ray's own handler would end this process at once, and loudly.
+        main = threading.current_thread() is threading.main_thread()
+        on_term = signal.getsignal(signal.SIGTERM) if main else None
         quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": True}
         try:
             if self.address is None:
@@ -86,6 +97,9 @@ class RayEngine:
             raise ConfigError(
                 f"--address {self.address}: no Ray cluster answers there ({_line(error)}); {_WHERE}"
             ) from error
+        finally:
+            if on_term is not None:
+                signal.signal(signal.SIGTERM, on_term)
         try:
             yield self.jobs if self.address is None else _free_cores(self.address)
         finally:
@@ -93,20 +107,31 @@ class RayEngine:
 
 
 def _knock(address: str) -> None:
-    """Ray itself would try for a minute where nobody is, and print of it."""
+    """Raise ConfigError where nobody speaks gRPC, as Ray does: it would try for minutes, and print of it."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
-    if port.isdigit():  # else "auto", which says itself what it does not find
-        try:
-            socket.create_connection((host, int(port)), timeout=_PATIENCE_S).close()
-        except OSError as error:
-            raise ConfigError(
-                f"--address {address}: no Ray cluster answers there ({_line(error)}); {_WHERE}"
-            ) from error
+    if not port.isdigit():  # "auto", which says itself what it does not find
+        return
+    encrypted = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+    try:
+        with socket.create_connection((host, int(port)), timeout=_PATIENCE_S) as there:
+            if not encrypted:
+                there.sendall(_HELLO)
+                answer = there.recv(len(_SETTINGS), socket.MSG_WAITALL)
+                if answer[3:] != _SETTINGS[3:]:
+                    raise ConnectionError("what answers there is something else")
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--address {address}: no Ray cluster answers there ({_line(error)}); {_WHERE}"
+        ) from error
 
 
 def _call(function: Callable[[Any], Any], job: tuple[int, Any]) -> tuple[int, Any]:
     place, unit = job
     return place, function(unit)
+
+
+def _forget(folders: set[str]) -> None:
+    sys.path[:] = [place for place in sys.path if place not in folders]
 
 
 def _free_cores(address: str) -> int:
@@ -150,7 +175,11 @@ def _backend(workers: int) -> Any:
             self.parallel = parallel
             self._load = [0] * workers
             self._starting: dict[Any, int] = {}  # a call that waits for a new actor -> that actor's number
-            self._pool = Pool(workers, ray_remote_args={"num_cpus": 1})
+            # Ray's workers would import from our current folder, though we do not: a `soxr.py` there, for one.
+            stray = {os.getcwd()} - {os.path.abspath(place) for place in sys.path}
+            self._pool = Pool(
+                workers, initializer=_forget, initargs=(stray,), ray_remote_args={"num_cpus": 1}
+            )
             return self.effective_n_jobs(n_jobs)
 
         def submit(self, func: Any, callback: Callable[[Any], None]) -> Any:

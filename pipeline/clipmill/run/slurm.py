@@ -30,7 +30,9 @@ from typing import Any
 
 from clipmill.errors import ConfigError, RunError
 from clipmill.run.crew import Lost
-from clipmill.run.local import Local
+from clipmill.run.local import Local, safe_path
+
+_LEDGER, _TRANSIT = "jobs.json", "tasks"
 
 _PACKS_A_JOB = 8
 """Packs for each task that may run at a time: one that is lost costs no more than its pack."""
@@ -42,6 +44,7 @@ _LOOK_S = 0.5  # between looks for results
 _ASK_S = (1.0, 20.0)  # between questions to Slurm: in a short run, in a long one
 _SILENCE_S = 600.0  # Slurm's controller may restart; after so long it is gone
 _LAG_S = 20.0  # a shared disk may show a result late
+_CANCELLED_S = 120.0  # for cancelled tasks to have ended
 _WARNING_S = 60  # before the time limit, a task is told to stop
 
 _NEVER = ("PartitionTimeLimit", "PartitionConfig", "BadConstraints", "InvalidAccount", "InvalidQOS")
@@ -62,7 +65,8 @@ class SlurmEngine:
     """An array of at most `max_jobs` tasks at a time, each with `jobs` cores, `mem_mb` MB and `time_min` minutes.
 
     Raises:
-        ConfigError: submitit is not installed, or this machine has no Slurm.
+        ConfigError: submitit is not installed, this machine has no Slurm, or `folder` has a path that Slurm
+            would read as a pattern.
     """
 
     folder: Path
@@ -79,6 +83,11 @@ class SlurmEngine:
             raise ConfigError("--engine slurm needs submitit: pip install 'clipmill[slurm]'") from error
         if not shutil.which("sbatch"):
             raise ConfigError("--engine slurm: there is no sbatch here; run this on a node where it is")
+        if found := set("%\\") & set(str(self.folder.resolve())):
+            raise ConfigError(
+                f"--engine slurm: {self.folder.resolve()} has {' and '.join(sorted(found))} in its path, which "
+                "Slurm would not take as it is; choose another place with --out"
+            )
 
     def run(
         self, function: Callable[[Any], Any], units: Sequence[Any]
@@ -162,7 +171,7 @@ class _Tasks:
 
     def __post_init__(self) -> None:
         self.folder = self.folder.resolve()
-        self.ledger, self.transit, self.logs = (self.folder / n for n in ("jobs.json", "tasks", "logs"))
+        self.ledger, self.transit, self.logs = (self.folder / n for n in (_LEDGER, _TRANSIT, "logs"))
         for folder in (self.transit, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -171,30 +180,14 @@ class _Tasks:
 
         Tasks with nothing that is wanted, or with other units of the same names, are cancelled.
         """
-        try:
-            kept = json.loads(self.ledger.read_text())
-        except FileNotFoundError:
-            return set()
-        except ValueError as error:
-            raise RunError(
-                f"{self.ledger}: is damaged ({error}); `scancel` what the run before left, and remove the file"
-            ) from error
-        states = _states()
-        if states is None:
-            raise RunError("squeue does not answer; run the same command again when Slurm does")
-        tasks = dict(kept["tasks"])
-        for task, state in states.items():
-            if state.name == kept["name"]:  # submitted, and the driver killed before it could write down more
-                tasks[task] = kept["packs"][int(task.partition("_")[2] or 0)]
         strangers = []
-        for task, units in tasks.items():
-            if task in states:
-                same = [wanted[name] == digest for name, digest in units.items() if name in wanted]
-                if same and all(same):
-                    self.units[task] = units
-                else:
-                    strangers.append(task)
-        _cancel(strangers)
+        for task, units in _left(self.ledger).items():
+            same = [wanted[name] == digest for name, digest in units.items() if name in wanted]
+            if same and all(same):
+                self.units[task] = units
+            else:
+                strangers.append(task)
+        _end(strangers)
         return {name for units in self.units.values() for name in units}
 
     def submit(self, engine: SlurmEngine, packs: list[_Pack]) -> None:
@@ -230,7 +223,7 @@ class _Tasks:
         self._write(name, units)
         said = io.StringIO()
         try:
-            with _outside_slurm(), contextlib.redirect_stderr(said):
+            with safe_path(), _outside_slurm(), contextlib.redirect_stderr(said):
                 jobs = executor.submit_array(packs)
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             why = "; ".join(line.removeprefix("sbatch: error: ") for line in str(error).splitlines())
@@ -325,6 +318,58 @@ class _Tasks:
         shutil.rmtree(self.transit, ignore_errors=True)
 
 
+def leftovers(folder: Path) -> list[str]:
+    """The tasks of a driver that was killed which are still in Slurm's queue; none where this machine has no Slurm.
+
+    Args:
+        folder: the engine's, of that driver.
+
+    Raises:
+        RunError: Slurm does not answer, or the file that tells of the tasks is damaged.
+    """
+    return list(_left(folder / _LEDGER)) if shutil.which("squeue") else []
+
+
+def cancel_leftovers(folder: Path) -> int:
+    """Cancel the `leftovers`, wait until none of them runs any more, and forget them; returns how many there were.
+
+    For whoever is about to write where they would. Where this machine has no Slurm, nothing is done.
+
+    Raises:
+        RunError: as `leftovers`; or they do not end.
+    """
+    if not shutil.which("squeue"):
+        return 0
+    tasks = leftovers(folder)
+    _end(tasks)
+    (folder / _LEDGER).unlink(missing_ok=True)
+    shutil.rmtree(folder / _TRANSIT, ignore_errors=True)
+    return len(tasks)
+
+
+def _left(ledger: Path) -> dict[str, dict[str, str]]:
+    """What a driver that was killed has left in Slurm's queue: task -> its units' names -> their digests."""
+    try:
+        kept = json.loads(ledger.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise RunError(
+            f"{ledger}: is damaged ({error}); `scancel` what the run before left, and remove the file"
+        ) from error
+    states = _states()
+    if states is None:
+        raise RunError(
+            f"squeue does not answer, and tasks of the run before may still be there ({ledger}); "
+            "run the same command again when Slurm does"
+        )
+    tasks = dict(kept["tasks"])
+    for task, state in states.items():
+        if state.name == kept["name"]:  # submitted, and the driver killed before it could write down more
+            tasks[task] = kept["packs"][int(task.partition("_")[2] or 0)]
+    return {task: units for task, units in tasks.items() if task in states}
+
+
 @dataclass(frozen=True)
 class _State:
     """What Slurm says of a task that it has in its queue."""
@@ -353,8 +398,28 @@ def _how_it_ended(task: str) -> str:
 def _cancel(tasks: Sequence[str]) -> None:
     if tasks:
         # At once: a task that is merely asked to end may go on for half a minute.
-        _ask("scancel", "--quiet", "--full", "--signal=KILL", "--state=RUNNING", *tasks)
+        _ask("scancel", "--quiet", "--signal=KILL", "--state=RUNNING", *tasks)
         _ask("scancel", "--quiet", *tasks)
+
+
+def _end(tasks: Sequence[str]) -> None:
+    """Cancel tasks, and wait until none of them can write any more.
+
+    Raises:
+        RunError: some do not end.
+    """
+    _cancel(tasks)
+    deadline = time.monotonic() + _CANCELLED_S
+    left = list(tasks)
+    while left:
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"tasks of the run before do not end, though cancelled: {', '.join(left[:5])}; see `squeue`, "
+                "and run the same command again when they are gone"
+            )
+        time.sleep(_LOOK_S)
+        states = _states()
+        left = left if states is None else [task for task in left if task in states]
 
 
 def _max_array_size() -> int:

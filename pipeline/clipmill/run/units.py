@@ -39,8 +39,9 @@ def run_rounds(
     """Call `function` on every unit; yield (place in `units`, result) for each, once, in any order.
 
     Units whose workers were lost are given again, round after round, and when nothing comes of
-    that one by one; those that are lost even so are yielded with a `Lost` that says why. `function`
-    may be called again on a unit that it has finished, where only the answer was lost.
+    that one by one; those that are lost even so are yielded with a `Lost` that says why. When
+    nothing comes of a batch of those either, all that are left are lost with it. `function` may be
+    called again on a unit that it has finished, where only the answer was lost.
 
     Raises:
         what `function` raises: it ends the run, and units in flight are dropped.
@@ -49,22 +50,28 @@ def run_rounds(
     losses: Counter[int] = Counter()
     fruitless = 0
     while left:
-        done = set()
+        done, worked = set(), False
         with closing(engine.run(function, [units[place] for place in left])) as found:
             for number, result in found:
                 losses[left[number]] += isinstance(result, Lost)
                 if not isinstance(result, Lost) or losses[left[number]] == _FRUITLESS:
                     done.add(number)
+                    worked |= not isinstance(result, Lost)
                     yield left[number], result
-        fruitless = 0 if done else fruitless + 1
+        fruitless = 0 if worked else fruitless + 1
         left = [place for number, place in enumerate(left) if number not in done]
         # One of the first may take down whoever works on it: the others come before it now.
         some = min(_IN_FLIGHT, -(-len(left) // 2))
         left = left[some:] + left[:some]
         if fruitless == _FRUITLESS:
             for place in left[:_IN_FLIGHT]:
-                yield place, _alone(function, units[place], engine)
+                result = _alone(function, units[place], engine)
+                worked |= not isinstance(result, Lost)
+                yield place, result
             left, fruitless = left[_IN_FLIGHT:], 0
+            if not worked:  # it is not the units: no worker lives here
+                yield from ((place, result) for place in left)
+                return
 
 
 def _alone(function: Callable[[Any], Any], unit: Any, engine: Engine) -> Any:

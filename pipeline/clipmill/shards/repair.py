@@ -69,7 +69,7 @@ def repair(folder: Path, rebuild: Rebuild, jobs: int = 1) -> Repaired:
             names[place]: state
             for place, state in run_units(_state, [(folder, listed[name]) for name in names], jobs)
         }
-        layout = _recovered_layout(folder, info, states)
+        layout = _recovered_layout(folder, info)
         again = _recovered_records(folder, info, [n for n in names if states[n] == "no record"], layout)
         broken = [name for name in names if states[name] != "sound" and name not in again]
         planned = set(layout.table["shard"].to_pylist()) | set(listed)
@@ -115,7 +115,7 @@ def _state(unit: tuple[Path, dict[str, Any]]) -> str:
     return "sound" if record is not None and record.sha256 == entry["sha256"] else "no record"
 
 
-def _recovered_layout(folder: Path, info: dict[str, Any], states: dict[str, str]) -> Layout:
+def _recovered_layout(folder: Path, info: dict[str, Any]) -> Layout:
     """The plan, which is written anew from the shards' records where it is damaged or missing.
 
     Raises:
@@ -134,16 +134,12 @@ def _recovered_layout(folder: Path, info: dict[str, Any], states: dict[str, str]
             return kept
     except TableError:
         pass
-    lost = [
-        name
-        for name, state in states.items()
-        if state == "no record" or not record_path(folder / name).is_file()
-    ]
+    names = [entry["shard"] for entry in info["shards"]]
     try:
-        found = {name: tables.read_json(record_path(folder / name), "planned")["planned"] for name in states}
+        found = {name: tables.read_json(record_path(folder / name), "planned")["planned"] for name in names}
     except TableError as error:
         raise ShardError(
-            f"{path}: is damaged, and so are records that would tell what was planned ({', '.join(lost[:3])}); "
+            f"{path}: is damaged, and so is a record that would tell what was planned ({error}); "
             "`pipeline shard --overwrite` builds all anew"
         ) from error
     columns = {
