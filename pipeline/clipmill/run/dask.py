@@ -88,7 +88,11 @@ class DaskEngine:
             else:
                 place = self.address
                 _knock(place)
-            yield stack.enter_context(Client(place, timeout=_ANSWER_S, set_as_default=False))
+            try:
+                client = Client(place, timeout=_ANSWER_S, set_as_default=False)
+            except OSError as error:
+                raise _no_scheduler(place, type(error).__name__) from error
+            yield stack.enter_context(client)
 
     def _workers(self, backend: Any) -> int:
         """How many units can be worked on at a time, by now."""
@@ -148,10 +152,14 @@ def _knock(address: str) -> None:
     except (OSError, ValueError, TypeError, asyncio.TimeoutError) as error:
         why = type(error).__name__
     if why:
-        raise ConfigError(
-            f"--address {address}: no Dask scheduler answers there within {_ANSWER_S} s ({why}); "
-            "`dask scheduler` says its address as it starts"
-        )
+        raise _no_scheduler(address, why)
+
+
+def _no_scheduler(address: object, why: str) -> ConfigError:
+    return ConfigError(
+        f"--address {address}: no Dask scheduler answers there within {_ANSWER_S} s ({why}); "
+        "`dask scheduler` says its address as it starts"
+    )
 
 
 def _call(function: Callable[[Any], Any], job: tuple[int, Any]) -> tuple[int, Any]:

@@ -398,7 +398,7 @@ def _how_it_ended(task: str) -> str:
 def _cancel(tasks: Sequence[str]) -> None:
     if tasks:
         # At once: a task that is merely asked to end may go on for half a minute.
-        _ask("scancel", "--quiet", "--signal=KILL", "--state=RUNNING", *tasks)
+        _ask("scancel", "--quiet", "--full", "--signal=KILL", "--state=RUNNING", *tasks)
         _ask("scancel", "--quiet", *tasks)
 
 

@@ -25,7 +25,7 @@ from clipmill.shards.job import only_ours
 from clipmill.shards.plan import DEFAULT_ENCODING, FORMATS, PLAN, Layout, ShardSpec, read_layout, write_layout
 from clipmill.shards.prepare import Ready
 from clipmill.shards.read import Shards, rows_by_value
-from clipmill.shards.write import finished_record, record_path, write_shard
+from clipmill.shards.write import Built, finished_record, record_path, write_shard
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def convert(
                     raise ShardError(
                         f"{out / left[place].name}: {result.message}; run the same command again"
                     )
-                done += result["written"]
+                done += result.counts["written"]
                 update(done, "")
         for leftover in out.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
@@ -173,7 +173,7 @@ def _layout(source: Shards, spec: ShardSpec) -> Layout:
     return Layout(table, spec, tuple(source.labels))
 
 
-def _convert(unit: _Unit) -> dict[str, int]:
+def _convert(unit: _Unit) -> Built:
     try:
         return write_shard(unit.out / unit.name, unit.hash, unit.spec, unit.labels, _clips(unit))
     finally:

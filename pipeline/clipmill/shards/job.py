@@ -107,10 +107,10 @@ def make_shards(
             units = plan(layout, manifest, media_root, out, limits)
             finished = _finished(units, out, retry)
             left = [unit for unit in units if unit.name not in finished]
-        made_of = {unit.name: unit.hash for unit in left}
         if before is not layout:
             write_layout(out, layout)
-        stopped, not_built = _build(left, made_of, engine or Local(), finished, update)
+        built: dict[str, str] = {}
+        stopped, not_built = _build(left, engine or Local(), finished, built, update)
         # Ours, or left by a run that was killed: nobody else writes here while the folder is held.
         for leftover in out.glob(f".{name}-*.tmp"):
             leftover.unlink(missing_ok=True)
@@ -122,7 +122,7 @@ def make_shards(
             name,
             spec,
             layout.labels,
-            {shard: made_of.get(shard) for shard in _shards(layout) if shard not in not_built},
+            {shard: built.get(shard) for shard in _shards(layout) if shard not in not_built},
             # What the finished shards hold is not lost, whatever became of its source.
             [asdict(loss) for loss, here in zip(losses, lost_since, strict=True) if not here]
             + _rows_of(left, not_built),
@@ -281,12 +281,15 @@ def _changed(path: Path, record: ShardRecord, unit: Unit) -> str:
 
 def _build(
     units: Sequence[Unit],
-    made_of: Mapping[str, str],
     engine: Engine,
     finished: dict[str, dict[str, int]],
+    built: dict[str, str],
     update: Update,
 ) -> tuple[str, dict[str, str]]:
-    """Build the units; return why that stopped before its end ("": it did not), and what is not built and why."""
+    """Build the units; return why that stopped before its end ("": it did not), and what is not built and why.
+
+    `built` gets the hash that each shard was made from.
+    """
     done = sum(counts["clips"] for counts in finished.values())
     failed = sum(counts["failed"] for counts in finished.values())
     not_built = {unit.name: "" for unit in units}
@@ -299,15 +302,16 @@ def _build(
                     not_built[units[place].name] = stopped = result.message
                     continue
                 del not_built[units[place].name]
-                done, failed = done + result["clips"], failed + result["failed"]
+                built[units[place].name] = result.made_from
+                done, failed = done + result.counts["clips"], failed + result.counts["failed"]
                 update(done, f"failed {failed}")
     except OSError as error:
         stopped = f"{error.filename or units[0].out}: {error.strerror or error}"
     except (RunError, ShardError) as error:
         stopped = str(error)
     for unit in units if stopped else ():  # what was under way then may have come to its end
-        record = finished_record(unit.out / unit.name)
-        if unit.name in not_built and record is not None and record.unit == made_of[unit.name]:
+        record = finished_record(unit.out / unit.name) if unit.name in not_built else None
+        if record is not None and record.unit == unit.hash:
             del not_built[unit.name]
     return stopped, {shard: why or stopped for shard, why in not_built.items()}
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clipmill import tables
 from clipmill.errors import ShardError, TableError
@@ -22,8 +22,15 @@ _DISK_GONE = (errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EH
 """What a disk of the network answers when it is not there."""
 
 
-def build(unit: Unit) -> dict[str, int]:
-    """Build a unit's shard, unless that is done, and return the record's counts.
+class Built(NamedTuple):
+    """A finished shard: the hash of all that it was made from, and its record's counts."""
+
+    made_from: str
+    counts: dict[str, int]
+
+
+def build(unit: Unit) -> Built:
+    """Build a unit's shard, unless that is done.
 
     Raises:
         ShardError: the folder of the media is not there any more.
@@ -70,8 +77,8 @@ def write_shard(
     spec: ShardSpec,
     labels: tuple[str, ...],
     clips: Iterable[tuple[str, Ready | Failure]],
-) -> dict[str, int]:
-    """Write a shard under a temporary name, rename it, write its record, return that one's counts.
+) -> Built:
+    """Write a shard under a temporary name, rename it, write its record.
 
     Killed at any moment it leaves either nothing under the shard's name, or the whole
     shard; only the record makes it finished. A shard that is finished is left alone.
@@ -88,7 +95,7 @@ def write_shard(
     """
     record = finished_record(target)
     if record is not None and record.unit == made_from:
-        return record.counts
+        return Built(made_from, record.counts)
     # Workers on other machines have the same process numbers.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -103,7 +110,7 @@ def write_shard(
     rows = tables.in_order([asdict(failure) for failure in failures])
     record = ShardRecord(target.name, made_from, asdict(spec), digest, size, counts, planned, index, rows)
     tables.write_json(record_path(target), asdict(record))
-    return counts
+    return Built(made_from, counts)
 
 
 def record_path(shard: Path) -> Path:
