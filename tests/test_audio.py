@@ -285,3 +285,11 @@ def test_an_mp3_whose_channel_count_changes_part_way_is_read_to_its_end():
     audio = decode(SHARED / "nasty/mp3/l3-he_mode.bit")
     assert len(audio.samples) == 147_456
     assert audio.channels == 2
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("name", ["03 - wrong bit depth", "07 - other metadata blocks preceding streaminfo metadata block"])  # fmt: skip
+def test_a_stretch_of_a_flac_that_ffmpeg_refuses_is_what_the_whole_has_there(name):
+    path = SHARED / f"nasty/flac/{name}.flac"
+    whole, part = decode(path), decode(path, 0.5, 1.5)
+    assert np.array_equal(part.samples, whole.samples[whole.rate // 2 :][: whole.rate])

@@ -46,6 +46,7 @@ _UNREAD_BYTES = {
     "OGG": 1 << 12,
     "MP3": 1 << 12,
 }  # more than this unread at the end is more than tags and read-ahead
+_GAP_S = 0.1  # more than the clocks of containers are off
 _BETWEEN_PACKETS = 1 << 11  # bytes: more than a container has to say there
 _CHUNKED = (
     "WAV",
@@ -393,9 +394,7 @@ def _read_stream(
     sound = _Sound()
     rate = channels = 0
     at_s: float | None = None
-    heard_s = (
-        0.0  # the end of the last frame by the container's clock, which goes on where packets are left out
-    )
+    heard_s = 0.0  # the last frame's end by the container's clock, which goes on where packets are left out
     try:
         for frame in container.decode(stream):
             if at_s is None:
@@ -406,9 +405,7 @@ def _read_stream(
             if exact:
                 due_at_s = at_s if rate else start_s if seek else 0.0
                 gap = (clock_s - due_at_s) * frame.sample_rate
-                if gap > 0.5 or (
-                    seek and gap < -0.5 and rate
-                ):  # back in time: another stream after the first
+                if gap > 0.5 or (seek and gap < -0.5 and rate):  # back in time a second stream begins
                     raise DecodeError("corrupt", f"lacks what should be at {at_s:.2f} s")
             if frame.sample_rate != rate:
                 if rate:
@@ -429,9 +426,10 @@ def _read_stream(
     samples = _at_one_rate(parts)
     due_s = _due_s(_stated_s(container, stream, origin_s or 0.0), start_s, end_s)
     found_s = max(at_s or 0.0, start_s) - start_s
-    if due_s is not None and _lacks(found_s, due_s) and heard_s - start_s > found_s and not _has_hole(path):
-        found_s = heard_s - start_s  # its packets leave a gap, as those of a broadcast do
-    _check_whole(found_s, due_s, exact=exact)
+    if heard_s - (at_s or 0.0) > _GAP_S and _is_of(container, ("matroska", "webm")) and _has_hole(path):
+        raise DecodeError("corrupt", "is damaged: bytes between its packets belong to none of them")
+    # A gap that packets leave in time, as those of a broadcast may, is no cut end.
+    _check_whole(max(found_s, heard_s - start_s), due_s, exact=exact)
     if at_s is not None and "mp4" in container.format.name and stream.duration and stream.time_base:
         # MP4 states the length exactly: what is left of the last packet is the encoder's padding, not sound.
         surplus = round((at_s - float(stream.duration * stream.time_base)) * rate)

@@ -17,6 +17,8 @@ from clipmill.types import Audio
 
 TIMEOUT_S = 300.0
 
+_BLOCK = 1 << 16  # frames mixed to mono at once
+
 _PREROLL_S = 1.0
 """Decoded before a stretch and thrown away: a lossy codec that starts at the stretch itself is not yet settled."""
 
@@ -68,8 +70,13 @@ def decode_with_ffmpeg(path: Path, start_s: float = 0.0, end_s: float | None = N
         raise DecodeError(reason, f"ffmpeg: {last}")
     if not done.stdout:
         return Audio(np.zeros(0, np.float32), 1, 0)
-    samples, rate = soundfile.read(io.BytesIO(done.stdout), dtype="float32", always_2d=True)
-    return Audio(samples.mean(axis=1, dtype=np.float32), rate, samples.shape[1])
+    with soundfile.SoundFile(io.BytesIO(done.stdout)) as file:
+        mono = np.empty(len(done.stdout) // (4 * file.channels), np.float32)
+        read = 0
+        while len(block := file.read(_BLOCK, "float32", always_2d=True)):
+            mono[read : read + len(block)] = block.mean(axis=1, dtype=np.float32)
+            read += len(block)
+        return Audio(mono[:read], file.samplerate, file.channels)
 
 
 def _is_flac(path: Path) -> bool:

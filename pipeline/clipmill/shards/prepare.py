@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipmill.audio import measure, prepare_clip
-from clipmill.errors import DecodeError
+from clipmill.errors import DecodeError, RunError
 from clipmill.run import Crew
 from clipmill.shards.formats import WRITERS
 from clipmill.sources import opened
@@ -37,6 +37,9 @@ _CRASHES = 2
 
 _KILLS = 5
 """So often its decoder may be killed by others: SIGKILL comes from the machine, short of memory, or from people."""
+
+_STARTS = 5
+"""So often a decoder may fail to start, before that is the machine's fault."""
 
 _CLIPS_A_PROCESS = 20_000
 """Then it is replaced, whatever its libraries leaked."""
@@ -78,15 +81,26 @@ class _Order:
 
 
 def prepare(clip: Clip, media_root: Path, spec: ShardSpec, limits: Limits) -> Ready | Refused:
-    """Decode, mix, resample, measure, pad and encode a clip, in this thread's decoder process."""
+    """Decode, mix, resample, measure, pad and encode a clip, in this thread's decoder process.
+
+    Raises:
+        RunError: that process does not start.
+    """
     decoder = _decoder(limits)
     deaths: dict[bool, int] = {True: 0, False: 0}
+    starts = 0
     while True:
         answer = decoder.crew.ask(_Order(clip, media_root, spec, decoder.table.path), limits.seconds)
         if isinstance(answer, tuple):
             return Ready(decoder.table.taken(answer[0]), answer[1])
         if isinstance(answer, Refused):
             return answer
+        if not answer.begun:
+            starts += 1
+            if starts == _STARTS:
+                raise RunError(f"the decoder does not start: {answer.message}")
+            time.sleep(0.1 * 2**starts)
+            continue
         if answer.reason == "timeout":
             return Refused("timeout", f"took longer than the {limits.seconds:g} s of --clip-timeout")
         killed = answer.signal is not None and answer.signal not in _FAULTS
