@@ -62,13 +62,16 @@ def prepare_clip(
         DecodeError: the clip cannot be had; carries the reason code.
     """
     audio = decode(path, start_s, end_s, decoder)
-    resampled = resample(audio.samples, audio.rate, rate)
-    if audio.rate != rate and not np.isfinite(resampled).all():
+    samples, source_rate, channels = audio.samples, audio.rate, audio.channels
+    duration_s = audio.duration_s
+    del audio  # of an hour it is 700 MB, and not needed beside what it becomes
+    samples = resample(samples, source_rate, rate)
+    # Of what was resampled: too large a sample is no finite number then.
+    if source_rate != rate and not np.isfinite([samples.min(), samples.max()]).all():
         raise DecodeError("corrupt", "its samples are too large for any sound, and overflow when resampled")
-    samples = to_int16(resampled)
-    return ReadyClip(
-        pad_to_seconds(samples, rate), len(samples), audio.duration_s, audio.rate, audio.channels
-    )
+    whole = to_int16(samples)
+    del samples
+    return ReadyClip(pad_to_seconds(whole, rate), len(whole), duration_s, source_rate, channels)
 
 
 def prepare_file(path: Path | str, rate: int) -> NDArray[np.int16]:

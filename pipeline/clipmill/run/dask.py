@@ -7,13 +7,13 @@ import concurrent.futures
 import contextlib
 import logging
 import signal
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import Any
 
 from clipmill.errors import ConfigError, RunError
+from clipmill.run.backends import streamed
 from clipmill.run.crew import Lost
 from clipmill.run.local import safe_path
 
@@ -53,28 +53,10 @@ class DaskEngine:
             ConfigError: no scheduler answers at the address, or it has no workers.
             RunError: the workers cannot run what they are sent, or the scheduler was lost.
         """
-        from joblib import Parallel, delayed
-
         with self._client() as client:
             backend = _backend(client)
             workers = self._workers(backend)
-            pool = Parallel(
-                n_jobs=workers,
-                backend=backend,
-                return_as="generator_unordered",
-                batch_size=1,
-                pre_dispatch=max(2 * workers, _GIVEN),
-            )
-            # Each in a tuple: joblib would leave a bare unit with one worker, to be lost with it.
-            results = pool(delayed(_call)(function, job) for job in enumerate(units))
-            try:
-                # `yield from` would close them before the warning is silenced.
-                for result in results:  # noqa: UP028
-                    yield result
-            finally:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # not everything was done, when we are stopped
-                    results.close()
+            yield from streamed(backend, workers, max(2 * workers, _GIVEN), function, units)
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[Any]:
@@ -160,11 +142,6 @@ def _no_scheduler(address: object, why: str) -> ConfigError:
         f"--address {address}: no Dask scheduler answers there within {_ANSWER_S} s ({why}); "
         "`dask scheduler` says its address as it starts"
     )
-
-
-def _call(function: Callable[[Any], Any], job: tuple[int, Any]) -> tuple[int, Any]:
-    place, unit = job
-    return place, function(unit)
 
 
 def _backend(client: Any) -> Any:

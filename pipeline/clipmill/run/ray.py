@@ -10,12 +10,12 @@ import socket
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from clipmill.errors import ConfigError, RunError
+from clipmill.run.backends import streamed
 from clipmill.run.crew import Lost
 
 _PATIENCE_S = 10
@@ -56,25 +56,9 @@ class RayEngine:
             ConfigError: no Ray cluster answers at the address, or it has no core free.
             RunError: the actors cannot run what they are sent, or the cluster was lost.
         """
-        from joblib import Parallel, delayed
-
         with self._cluster() as workers:
-            pool = Parallel(
-                n_jobs=workers,
-                backend=_backend(workers),
-                return_as="generator_unordered",
-                batch_size=1,
-                pre_dispatch=workers,  # an actor that dies takes along what waits for it
-            )
-            results = pool(delayed(_call)(function, job) for job in enumerate(units))
-            try:
-                # `yield from` would close them before the warning is silenced.
-                for result in results:  # noqa: UP028
-                    yield result
-            finally:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # not everything was done, when we are stopped
-                    results.close()
+            # An actor that dies takes along what waits for it: nothing is given in advance.
+            yield from streamed(_backend(workers), workers, workers, function, units)
 
     @contextlib.contextmanager
     def _cluster(self) -> Iterator[int]:
@@ -123,11 +107,6 @@ def _knock(address: str) -> None:
         raise ConfigError(
             f"--address {address}: no Ray cluster answers there ({_line(error)}); {_WHERE}"
         ) from error
-
-
-def _call(function: Callable[[Any], Any], job: tuple[int, Any]) -> tuple[int, Any]:
-    place, unit = job
-    return place, function(unit)
 
 
 def _forget(folders: set[str]) -> None:
