@@ -129,7 +129,10 @@ def _end(folder: Path) -> None:
     if (folder / "slurmctld.pid").exists():
         _run("scancel", "--quiet", f"--user={os.getuid()}", check=False)
         deadline = time.monotonic() + 10
-        while _run("squeue", "--noheader", "--states=PENDING,RUNNING", check=False).strip() and time.monotonic() < deadline:
+        while (
+            _run("squeue", "--noheader", "--states=PENDING,RUNNING", check=False).strip()
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.2)
     for name in ("slurmd", "slurmctld", "munged"):
         with contextlib.suppress(OSError, ValueError):
