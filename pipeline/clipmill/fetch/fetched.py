@@ -93,6 +93,8 @@ def load(root: Path, name: str, *, need_media: bool = True) -> Fetched:
         losses, counts = ledger.losses(), ledger.counts()
         found = known(manifest, ledger) if said["by_segment"] else manifest
     left = manifest.num_rows - found.num_rows
+    del manifest
+    pa.default_memory_pool().release_unused()  # of two million rows half a gigabyte, which nobody will need again
     return Fetched(said["name"], said["kind"], folder, media_root, found, losses, said["about"], counts, left)
 
 

@@ -183,12 +183,13 @@ def plan(
         )
     # In one piece: taking rows from a table in many chunks is a hundred times slower.
     clips = manifest.combine_chunks().take(rows.combine_chunks())
-    names = layout.table["shard"].combine_chunks().to_numpy(zero_copy_only=False)
+    coded = layout.table["shard"].combine_chunks().dictionary_encode()
+    numbers, names = coded.indices.to_numpy(), coded.dictionary.to_pylist()
     limits, disk = limits or Limits(), disk_of(media_root) if media_root.exists() else None
-    firsts = np.flatnonzero(np.concatenate([[True], names[1:] != names[:-1]]))
-    ends = np.append(firsts[1:], len(names))
+    firsts = np.flatnonzero(np.concatenate([[True], np.diff(numbers) != 0]))
+    ends = np.append(firsts[1:], len(numbers))
     return [
-        Unit(names[a], out, media_root, layout.spec, layout.labels, clips.slice(a, b - a), limits, disk)
+        Unit(names[numbers[a]], out, media_root, layout.spec, layout.labels, clips.slice(a, b - a), limits, disk)
         for a, b in zip(firsts.tolist(), ends.tolist(), strict=True)
     ]
 
