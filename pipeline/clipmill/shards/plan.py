@@ -189,7 +189,16 @@ def plan(
     firsts = np.flatnonzero(np.concatenate([[True], np.diff(numbers) != 0]))
     ends = np.append(firsts[1:], len(numbers))
     return [
-        Unit(names[numbers[a]], out, media_root, layout.spec, layout.labels, clips.slice(a, b - a), limits, disk)
+        Unit(
+            names[numbers[a]],
+            out,
+            media_root,
+            layout.spec,
+            layout.labels,
+            clips.slice(a, b - a),
+            limits,
+            disk,
+        )
         for a, b in zip(firsts.tolist(), ends.tolist(), strict=True)
     ]
 
