@@ -121,7 +121,7 @@ def test_a_csv_that_names_files_that_are_not_there_ends_with_3_and_they_stay_acc
     (["fetch", "folder", "--name", "x", "--from", ".", "--labels", "no.csv", "--root", "."], 1, "no.csv: cannot be read"),
     (["fetch", "folder", "--name", "x", "--from", ".", "--root", "/dev/null/x"], 1, "Not a directory"),
     (["inspect", "nowhere"], 1, "nowhere: no such shard"),
-    (["verify", "."], 1, "holds no index.parquet"),
+    (["verify", "."], 1, "holds no dataset.json"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_said_in_a_sentence(run, tmp_path, arguments, code, said):
     failed(run(*arguments, cwd=tmp_path), code, said)
