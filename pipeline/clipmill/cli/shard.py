@@ -157,7 +157,7 @@ def _shard(
         return _told(name, folder, dataset)
     got = load(root, name)
     if lock is not None:
-        got = restricted(got, lock.keys, f"stands in {lock_file}, and was not fetched")
+        got = restricted(got, lock.keys, f"stands in {Path(str(lock_file)).name}, and was not fetched")
         got = replace(got, about={**got.about, "lock_id": lock.id, "lock_as_of": lock.as_of})
     elif got.left:
         console.say(
@@ -173,7 +173,7 @@ def _shard(
             name, got.manifest, got.losses, got.media_root, folder, spec,
             about=got.about, made_from=made_from, engine=engine, update=update, **how,
         )  # fmt: skip
-    if lock is not None:
+    if lock is not None and not dataset["stopped"]:
         lost = {row["key"] for row in tables.read_jsonl(folder / "failures.jsonl")}
         _account_for(lock, got, folder, lost, engine_fields["jobs"] or 1)
     return _told(name, folder, dataset)

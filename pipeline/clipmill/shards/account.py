@@ -15,11 +15,12 @@ import pyarrow as pa
 from clipmill import __version__, tables
 from clipmill.audio import codec_versions
 from clipmill.errors import ConfigError, ShardError, TableError
+from clipmill.shards.croissant import INDEX_FILE
 from clipmill.shards.metadata import write_metadata
 from clipmill.shards.plan import PLAN_FILE, ShardSpec
 from clipmill.shards.write import read_record, record_path
 
-INDEX_FILE, FAILURES_FILE, DATASET_FILE = "index.parquet", "failures.jsonl", "dataset.json"
+FAILURES_FILE, DATASET_FILE = "failures.jsonl", "dataset.json"
 
 FILES = (INDEX_FILE, FAILURES_FILE, PLAN_FILE)
 """The tables beside the shards whose sha256 dataset.json has."""
