@@ -110,7 +110,10 @@ def make_shards(
         if before is not layout:
             write_layout(out, layout)
         built: dict[str, str] = {}
-        stopped, not_built = _build(left, engine or Local(), finished, built, update)
+        room = out / f".{name}-account.tmp"
+        stopped, not_built = _build(
+            left, engine or Local(), finished, built, update, lambda: _set_aside(room, everything.num_rows)
+        )
         # Ours, or left by a run that was killed: nobody else writes here while the folder is held.
         for leftover in out.glob(f".{name}-*.tmp"):
             leftover.unlink(missing_ok=True)
@@ -285,10 +288,11 @@ def _build(
     finished: dict[str, dict[str, int]],
     built: dict[str, str],
     update: Update,
+    set_aside: Callable[[], None],
 ) -> tuple[str, dict[str, str]]:
     """Build the units; return why that stopped before its end ("": it did not), and what is not built and why.
 
-    `built` gets the hash that each shard was made from.
+    `built` gets the hash that each shard was made from; `set_aside` is called before the first.
     """
     done = sum(counts["clips"] for counts in finished.values())
     failed = sum(counts["failed"] for counts in finished.values())
@@ -296,6 +300,8 @@ def _build(
     stopped = ""
     update(done, f"failed {failed}")
     try:
+        if units:
+            set_aside()
         with closing(run_rounds(build, units, engine)) as results:
             for place, result in results:
                 if isinstance(result, Lost):
@@ -314,6 +320,19 @@ def _build(
         if record is not None and record.unit == unit.hash:
             del not_built[unit.name]
     return stopped, {shard: why or stopped for shard, why in not_built.items()}
+
+
+def _set_aside(room: Path, clips: int) -> None:
+    """Take the disk's room for the tables of so many clips, so that shards cannot fill it before the account.
+
+    Raises:
+        OSError: there is no such room.
+    """
+    if hasattr(os, "posix_fallocate"):  # macOS has none; there a full disk may cost the account
+        with open(room, "wb") as file:
+            os.posix_fallocate(
+                file.fileno(), 0, (256 + clips) * 1024
+            )  # an index row and its loss: under 1 KiB
 
 
 def _rows_of(units: Sequence[Unit], not_built: dict[str, str]) -> list[dict[str, Any]]:
