@@ -25,7 +25,7 @@ SlurmdPort={ports[1]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -139,5 +139,13 @@ def _end(folder: Path) -> None:
             pid = int((folder / f"{name}.pid").read_text())
             os.kill(pid, signal.SIGTERM)
             deadline = time.monotonic() + 5
-            while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+            while _lives(pid) and time.monotonic() < deadline:
                 time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process still runs; one that has ended may be listed until init asks after it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipmill.datasets.folder import Folder
@@ -25,6 +25,7 @@ def lock(contents: dict[str, str], name: str = "audioset") -> Lock:
     return Lock(name, "2026-11-21", pa.table(columns, pa.schema([(c, pa.string()) for c in columns])))
 
 
+@settings(deadline=None)
 @given(KEYS, st.sampled_from(["x.lock", "x.lock.gz"]))
 def test_what_was_written_is_read_again(tmp_path_factory, contents, file):
     path = tmp_path_factory.mktemp("lock") / file
@@ -34,6 +35,7 @@ def test_what_was_written_is_read_again(tmp_path_factory, contents, file):
     assert again.table.to_pydict() == lock(contents).table.to_pydict()
 
 
+@settings(deadline=None)
 @given(KEYS, KEYS)
 def test_a_difference_names_what_stands_in_one_alone_and_what_is_another(ours, theirs):
     found = compare(lock(ours), lock(theirs))

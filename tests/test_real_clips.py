@@ -90,7 +90,9 @@ def test_every_clip_is_what_ffmpeg_decodes_padded_with_zeros_to_whole_seconds(es
 
 
 def test_resampled_clips_agree_with_ffmpegs_own_resampler(run, esc10, tmp_path):
-    done = run("shard", "esc10", "--root", esc10.parents[1], "--sample-rate", 32000, "--out", tmp_path)
+    done = run(
+        "shard", "esc10", "--root", esc10.parents[1], "--sample-rate", 32000, "--out", tmp_path, "--jobs", 1
+    )
     assert done.returncode == 0, done.stderr
     index = tables.read_table(tmp_path / "index.parquet", tables.INDEX).to_pylist()
     from clipmill.shards.read import Shards
@@ -127,27 +129,37 @@ def test_inspect_and_verify_tell_the_truth_of_them(run, esc10):
     assert set(said["labels"].values()) == {20}
     assert said["folds"] == {str(fold): 40 for fold in range(1, 6)}
     assert said["duration_s"]["min"] == pytest.approx(3.64, abs=0.01)
-    assert json.loads(run("verify", folder, "--json").stdout)["sound"]
+    assert json.loads(run("verify", folder, "--jobs", 1, "--json").stdout)["sound"]
 
 
-def test_every_nasty_file_is_a_clip_or_a_row_with_a_reason(run, tmp_path):
+@pytest.fixture(scope="module")
+def nasty(run, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """The nasty files, sharded by one process, and what the command said."""
+    root = tmp_path_factory.mktemp("nasty")
+    done = run("fetch", "folder", "--name", "nasty", "--from", SHARED / "nasty", "--root", root)
+    assert done.returncode == 0
+    return root / "1", run(*nasty_command(root, 1))
+
+
+def nasty_command(root: Path, jobs: int) -> tuple[object, ...]:
+    given = ("--root", root, "--out", root / str(jobs), "--clips-per-shard", 16)
+    return ("shard", "nasty", *given, "--jobs", jobs)
+
+
+def test_every_nasty_file_is_a_clip_or_a_row_with_a_reason(nasty):
     files = {
         path.relative_to(SHARED / "nasty").as_posix()
         for path in (SHARED / "nasty").rglob("*")
         if path.is_file()
     }
-    assert (
-        run("fetch", "folder", "--name", "nasty", "--from", SHARED / "nasty", "--root", tmp_path).returncode
-        == 0
-    )
-    done = run("shard", "nasty", "--root", tmp_path, "--out", tmp_path / "s")
+    shards, done = nasty
     assert done.returncode == 3, done.stderr
     assert "Traceback" not in done.stderr
-    written = tables.read_table(tmp_path / "s/index.parquet", tables.INDEX).to_pylist()
-    lost = tables.read_jsonl(tmp_path / "s/failures.jsonl")
+    written = tables.read_table(shards / "index.parquet", tables.INDEX).to_pylist()
+    lost = tables.read_jsonl(shards / "failures.jsonl")
     assert {row["source"] for row in written} | {row["source"] for row in lost} == files
     assert len(written) + len(lost) == len(files)
-    counts = tables.read_json(tmp_path / "s/dataset.json")["counts"]
+    counts = tables.read_json(shards / "dataset.json")["counts"]
     assert counts["in"] == len(files) == counts["written"] + counts["failed"] + counts["skipped"]
     assert counts["reasons"] == dict(Counter(row["reason"] for row in lost))
     assert len(written) >= 36  # decoders may learn to read more of them
@@ -155,25 +167,14 @@ def test_every_nasty_file_is_a_clip_or_a_row_with_a_reason(run, tmp_path):
         assert row["samples"] % 44100 == 0
 
 
-def test_nasty_files_give_the_same_account_from_any_number_of_jobs(run, tmp_path):
-    run("fetch", "folder", "--name", "nasty", "--from", SHARED / "nasty", "--root", tmp_path)
-    for jobs in (1, 2):
-        run(
-            "shard",
-            "nasty",
-            "--root",
-            tmp_path,
-            "--out",
-            tmp_path / str(jobs),
-            "--jobs",
-            jobs,
-            "--clips-per-shard",
-            16,
-        )
-    for path in (tmp_path / "1").iterdir():
+def test_nasty_files_give_the_same_account_from_any_number_of_jobs(run, nasty):
+    one, _ = nasty
+    two = one.with_name("2")
+    run(*nasty_command(one.parent, 2))
+    for path in one.iterdir():
         assert (
             hashlib.sha256(path.read_bytes()).digest()
-            == hashlib.sha256((tmp_path / "2" / path.name).read_bytes()).digest()
+            == hashlib.sha256((two / path.name).read_bytes()).digest()
         )
 
 

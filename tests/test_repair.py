@@ -11,8 +11,10 @@ import pytest
 import soundfile
 
 from clipmill import tables
+from clipmill.datasets.folder import Folder
 from clipmill.errors import ShardError, TableError
 from clipmill.fetch.fetched import state_of
+from clipmill.fetch.job import fetch
 from clipmill.shards.convert import convert
 from clipmill.shards.job import unchanged
 from clipmill.shards.plan import PLAN, ShardSpec
@@ -148,7 +150,7 @@ def test_damage_is_named_and_repair_builds_just_what_is_broken(run, shards, kind
 def test_what_comes_out_different_is_said_and_the_old_shard_kept(run, shards, collection, tmp_path):
     media = tmp_path / "media"
     shutil.copytree(collection, media)
-    run("fetch", "folder", "--name", "small", "--from", media, "--root", shards.parents[2])
+    fetch("folder", Folder(name="small", from_dir=media), shards.parents[2])
     record = tables.read_json((shards / SHARD).with_suffix(".json"))
     source = next(source for source in record["index"]["source"] if source.endswith("wav"))
     info = soundfile.info(media / source)
@@ -167,13 +169,13 @@ def test_what_is_set_aside_is_never_written_over_nor_deleted_by_another_repair(
 ):
     media = tmp_path / "media"
     shutil.copytree(collection, media)
-    run("fetch", "folder", "--name", "small", "--from", media, "--root", shards.parents[2])
+    fetch("folder", Folder(name="small", from_dir=media), shards.parents[2])
     whole = (shards / SHARD).read_bytes()
     (media / next(iter(tables.read_json((shards / SHARD).with_suffix(".json"))["index"]["source"]))).unlink()
     for number in range(2):
         damage(shards, "flipped byte")
         damaged = (shards / SHARD).read_bytes()
-        done = run("verify", shards, "--repair")
+        done = run("verify", shards, "--repair", "--jobs", 1)
         assert done.returncode == (0 if number else 1), done.stderr
         if not number:
             kept = {path.name: path.read_bytes() for path in (shards / "set-aside").iterdir()}
@@ -185,7 +187,7 @@ def test_a_repair_keeps_away_from_a_job_at_work(run, shards):
     before = {path.name for path in shards.iterdir()}
     (shards / "small-all-000077.tar").write_bytes(b"new")
     with tables.locked(shards):
-        done = run("verify", shards, "--repair")
+        done = run("verify", shards, "--repair", "--jobs", 1)
     assert done.returncode == 1
     assert "another run is writing there" in done.stderr
     assert {path.name for path in shards.iterdir()} == before | {"small-all-000077.tar"}
@@ -196,41 +198,42 @@ def test_other_clips_that_changed_or_went_are_no_reason_to_leave_a_shard_broken(
 ):
     media = tmp_path / "media"
     shutil.copytree(collection, media)
-    run("fetch", "folder", "--name", "small", "--from", media, "--root", shards.parents[2])
-    run("shard", "small", "--root", shards.parents[2], "--clips-per-shard", 5, "--overwrite")
+    fetch("folder", Folder(name="small", from_dir=media), shards.parents[2])
+    run("shard", "small", "--root", shards.parents[2], "--clips-per-shard", 5, "--overwrite", "--jobs", 1)
     gone, changed = tables.read_json(shards / "small-all-000003.json")["index"]["source"][:2]
     (media / gone).unlink()
     (media / changed).write_bytes(b"another")
     soundfile.write(media / "bell/new.wav", sound(0.5, 8000), 8000)
-    run("fetch", "folder", "--name", "small", "--from", media, "--root", shards.parents[2])
+    fetch("folder", Folder(name="small", from_dir=media), shards.parents[2])
     (shards / "failures.jsonl").unlink()
     before = stamps(shards)
     damage(shards, "flipped byte")
-    done = run("verify", shards, "--repair")
+    done = run("verify", shards, "--repair", "--jobs", 1)
     assert done.returncode == 0, done.stderr + done.stdout
     assert {name for name, stamp in stamps(shards).items() if before[name] != stamp} == {SHARD}
-    done = run("shard", "small", "--root", shards.parents[2], "--clips-per-shard", 5, "--append")
+    done = run("shard", "small", "--root", shards.parents[2], "--clips-per-shard", 5, "--append", "--jobs", 1)
     assert done.returncode == 3, done.stderr
     assert set(stamps(shards)) - set(before) == {"small-all-000005.tar"}
-    assert run("verify", shards).returncode == 0
+    assert run("verify", shards, "--jobs", 1).returncode == 0
 
 
 def test_a_damaged_account_is_written_anew_by_the_command_that_made_it(run, shards):
     before = (shards / "dataset.json").read_bytes()
     (shards / "dataset.json").write_bytes(before[:200])
-    done = run("verify", shards, "--repair")
+    done = run("verify", shards, "--repair", "--jobs", 1)
     assert done.returncode == 1
     assert "`pipeline shard` (or `convert`) with the settings of these shards writes it anew" in done.stderr
-    assert run("shard", "small", "--root", shards.parents[2], "--clips-per-shard", 5).returncode == 3
+    done = run("shard", "small", "--root", shards.parents[2], "--clips-per-shard", 5, "--jobs", 1)
+    assert done.returncode == 3
     assert (shards / "dataset.json").read_bytes() == before
 
 
 def test_without_its_media_nothing_is_lost_to_a_repair(run, shards, tmp_path):
-    fetch = tables.read_json(shards.parents[1] / "fetch.json")
-    tables.write_json(shards.parents[1] / "fetch.json", fetch | {"media_root": str(tmp_path / "nowhere")})
+    facts = tables.read_json(shards.parents[1] / "fetch.json")
+    tables.write_json(shards.parents[1] / "fetch.json", facts | {"media_root": str(tmp_path / "nowhere")})
     files = {p.name for p in shards.iterdir()}
     damage(shards, "flipped byte")
-    done = run("verify", shards, "--repair")
+    done = run("verify", shards, "--repair", "--jobs", 1)
     assert done.returncode == 1
     assert "its media folder" in done.stderr
     assert {p.name for p in shards.iterdir()} == files
@@ -240,13 +243,13 @@ def test_converted_shards_are_repaired_from_what_they_were_converted_from(run, s
     other = shards.parent / "hdf5-pcm16-44100"
     root = convert(shards, other, "hdf5")["root_sha256"]
     (other / "small-all-000001.h5").unlink()
-    done = run("verify", other, "--repair")
+    done = run("verify", other, "--repair", "--jobs", 1)
     assert done.returncode == 0, done.stderr
     assert root in done.stdout
 
 
 def test_repair_is_of_a_whole_folder(run, shards):
-    done = run("verify", shards / SHARD, "--repair")
+    done = run("verify", shards / SHARD, "--repair", "--jobs", 1)
     assert done.returncode == 2
     assert "--repair is of a whole folder of shards" in done.stderr
 
@@ -262,10 +265,10 @@ class Growing:
         (self.media / label).mkdir(parents=True, exist_ok=True)
         for number in numbers:
             soundfile.write(self.media / f"{label}/{number:02d}.wav", sound(0.6, 8000, seed=number), 8000)
-        self._run("fetch", "folder", "--name", "g", "--from", self.media, "--root", self.root)
+        fetch("folder", Folder(name="g", from_dir=self.media), self.root)
 
     def shard(self, *more: object):
-        return self._run("shard", "g", "--root", self.root, "--clips-per-shard", 4, *more)
+        return self._run("shard", "g", "--root", self.root, "--clips-per-shard", 4, "--jobs", 1, *more)
 
 
 def test_append_adds_new_clips_as_new_shards_and_leaves_the_old_bytes_alone(run, tmp_path):
@@ -377,14 +380,13 @@ def test_a_lock_s_shards_are_repaired_as_the_lock_has_them(run, fetched, tmp_pat
     root = tmp_path / "root"
     shutil.copytree(fetched, root)
     assert run("lock", "small", "--root", root, "--out", tmp_path / "x.lock").returncode == 0
-    done = run(
-        "shard", "small", "--root", root, "--lock", tmp_path / "x.lock", "--out", root / "small/shards/s"
-    )
+    lock, out = tmp_path / "x.lock", root / "small/shards/s"
+    done = run("shard", "small", "--root", root, "--lock", lock, "--out", out, "--jobs", 1)
     assert done.returncode == 3, done.stderr
-    damage_of = root / "small/shards/s/small-all-000000.tar"
+    damage_of = out / "small-all-000000.tar"
     before = damage_of.read_bytes()
     damage_of.write_bytes(before[:-600])
-    done = run("verify", root / "small/shards/s", "--repair")
+    done = run("verify", out, "--repair", "--jobs", 1)
     assert done.returncode == 0, done.stderr + done.stdout
     assert damage_of.read_bytes() == before
 
@@ -402,7 +404,7 @@ def test_shards_of_an_append_that_was_killed_are_no_strangers_to_a_repair(run, t
     for name, data in kept.items():  # as if it had been killed before it put them together
         (growing.out / name).write_bytes(data)
     before = stamps(growing.out)
-    done = run("verify", growing.out, "--repair")
+    done = run("verify", growing.out, "--repair", "--jobs", 1)
     assert done.returncode == 0, done.stderr
     assert stamps(growing.out) == before
     assert not (growing.out / "set-aside").exists()
@@ -416,7 +418,7 @@ def test_a_plan_that_was_appended_to_is_recovered_from_the_records(run, tmp_path
     growing.shard("--append")
     plan = tables.read_table(growing.out / "plan.parquet", PLAN)
     (growing.out / "plan.parquet").unlink()
-    assert run("verify", growing.out, "--repair").returncode == 0
+    assert run("verify", growing.out, "--repair", "--jobs", 1).returncode == 0
     assert tables.read_table(growing.out / "plan.parquet", PLAN).equals(plan)
 
 

@@ -73,13 +73,13 @@ def test_all_that_is_there_is_had(server, tmp_path):
 
 def test_a_loss_is_a_row_and_the_rest_goes_on(server, tmp_path):
     server.behave("-clip_00003.webm", Status(404))
-    fetch = Fetch(server, tmp_path, 6)
+    fetch = Fetch(server, tmp_path, 6, jobs=1)
     assert (fetch.counts["had"], fetch.reasons) == (5, {"-clip_00003": "unavailable"})
 
 
 def test_the_budget_is_one_for_all_workers(server, tmp_path):
     began = time.time()
-    fetch = Fetch(server, tmp_path, 9, jobs=8, rate=3600 * 4)
+    fetch = Fetch(server, tmp_path, 9, jobs=4, rate=3600 * 4)
     assert fetch.counts["had"] == 9
     assert max(request.at for request in server.requests) - began > 8 * 0.25
 
@@ -130,7 +130,7 @@ def test_many_clips_that_go_on_failing_end_as_failed_and_stay_so(server, tmp_pat
     for video in bad:
         server.behave(f"{video}.webm", Status(403))
     for _ in range(2):
-        fetch = Fetch(server, tmp_path, 45, retries=retries, pause=0.05, max_pauses=1)
+        fetch = Fetch(server, tmp_path, 45, jobs=2, retries=retries, pause=0.05, max_pauses=1)
     assert fetch.error is None
     assert (fetch.counts["had"], fetch.reasons) == (30, dict.fromkeys(bad, "forbidden"))
 
@@ -162,14 +162,13 @@ def test_a_dead_network_does_not_erase_what_was_known_of_earlier_losses(server, 
         for n in range(20):
             ledger.record(Outcome(f"-clip_{n:05d}_1000", "forbidden", "so"), "eval")
     server.behave(None, Status(503))
-    fetch = Fetch(server, tmp_path, 20, pause=0.05, max_pauses=1, retries=0)
+    fetch = Fetch(server, tmp_path, 20, jobs=1, pause=0.05, max_pauses=1, retries=0)
     assert len(fetch.reasons) == 20
 
 
 def test_of_two_proxies_a_dead_one_loses_no_clips(server, tmp_path):
-    fetch = Fetch(
-        server, tmp_path, 40, retries=0, pause=0.05, max_pauses=0, proxy=("http://127.0.0.1:9", server.root)
-    )
+    proxies = ("http://127.0.0.1:9", server.root)
+    fetch = Fetch(server, tmp_path, 40, jobs=2, retries=0, pause=0.05, max_pauses=0, proxy=proxies)
     assert fetch.counts["had"] >= 40 - 12
 
 
@@ -191,15 +190,15 @@ def test_a_pause_of_a_broken_network_goes_on_where_it_was(server, tmp_path):
 
 def test_an_address_where_nothing_is_burns_no_list(server, tmp_path):
     server.behave(None, Status(404))
-    fetch = Fetch(server, tmp_path, 60)
+    fetch = Fetch(server, tmp_path, 60, jobs=2)
     assert isinstance(fetch.error, FetchError)
     assert fetch.error.exit_code == 1
     assert "not one of the first 24 clips is there (unavailable: " in str(fetch.error)
     assert "Is --url-template right" in str(fetch.error)
     assert fetch.counts == {"had": 0, "failed": 0, "skipped": 0}
-    assert Fetch(server, tmp_path, 30, believe_gone=True).counts["failed"] == 30
+    assert Fetch(server, tmp_path, 30, jobs=1, believe_gone=True).counts["failed"] == 30
     server.behave(None, Fine())
-    assert Fetch(server, tmp_path, 60, retry=("all",)).counts["had"] == 60
+    assert Fetch(server, tmp_path, 60, jobs=2, retry=("all",)).counts["had"] == 60
 
 
 def test_clips_that_were_lost_before_may_all_be_gone(server, tmp_path):
@@ -207,7 +206,7 @@ def test_clips_that_were_lost_before_may_all_be_gone(server, tmp_path):
         for n in range(40):
             ledger.record(Outcome(f"-clip_{n:05d}_1000", "network", "so"), "eval")
     server.behave(None, Status(404))
-    fetch = Fetch(server, tmp_path, 40)
+    fetch = Fetch(server, tmp_path, 40, jobs=2)
     assert fetch.error is None
     assert set(fetch.reasons.values()) == {"unavailable"}
 
@@ -218,7 +217,7 @@ def test_a_pause_holds_for_the_next_run_that_asks_alike(server, tmp_path):
         pause = {"until": time.time() + 2.0, "why": "rate-limited: so"}
         pauses = {alike: pause, other: {"until": time.time() + 3600, "why": "so"}}
         ledger.set_state("pauses", json.dumps(pauses))
-    fetch = Fetch(server, tmp_path, 3)
+    fetch = Fetch(server, tmp_path, 3, jobs=1)
     assert fetch.said[0].startswith("still pausing, for ")
     assert min(request.at for request in server.requests) >= pause["until"] - 0.1
     assert fetch.counts["had"] == 3
@@ -227,7 +226,7 @@ def test_a_pause_holds_for_the_next_run_that_asks_alike(server, tmp_path):
 def test_failures_that_another_try_heals_are_tried_again_in_the_same_run(server, tmp_path):
     server.behave("-clip_00001.webm", Status(500), times=1)
     server.behave("-clip_00002.webm", Status(500))
-    fetch = Fetch(server, tmp_path, 4, retries=1)
+    fetch = Fetch(server, tmp_path, 4, jobs=1, retries=1)
     assert fetch.reasons == {"-clip_00002": "network"}
     assert fetch.counts["had"] == 3
 
