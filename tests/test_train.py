@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import nn
 
 from clipmill import tables
 from clipmill.errors import ConfigError, ShardError, TrainError
-from clipmill.features import LogMel
+from clipmill.features import FrontEnd
 from clipmill.shards.job import make_shards
 from clipmill.shards.plan import ShardSpec
 from clipmill.shards.read import Shards
@@ -128,7 +129,7 @@ def test_a_run_learns_and_leaves_what_it_says_it_leaves(tmp_path):
     assert config["sample_rate"] == config["features"]["sample_rate"] == RATE
     assert config["clips"] == {"train": 18, "held_out": 6}
     assert config["root_sha256"] == Shards.open(where).info["root_sha256"]
-    assert LogMel(**config["features"]).config == config["features"]
+    assert FrontEnd(**config["features"]).config == config["features"]
     losses = [row["loss"] for row in lines(out, "train")]
     assert losses[-1] < losses[0]
     assert [row["step"] for row in lines(out, "eval")] == [8, 16, 24, 32]
@@ -550,7 +551,7 @@ def test_whole_clips_come_once_each_and_never_padded(easy):
 
 def test_a_steps_noise_is_its_seeds_alone(easy):
     batch = StepBatches(Shards.open(easy), 0, 4)[0]
-    features = LogMel(sample_rate=RATE)
+    features = FrontEnd(RATE, logmel={})
     for mixup in ("none", "standard", "between-class"):
         recipe = Recipe(**{**TINY.__dict__, "mixup": mixup})
         one, other, third = (
@@ -564,3 +565,64 @@ def test_a_steps_noise_is_its_seeds_alone(easy):
     inputs, targets = prepare(batch, features, plain, torch.Generator())
     assert inputs.shape[2] == 128 * int(batch.lengths.max()) // RATE
     assert torch.equal(targets, batch.targets)
+
+
+# From other weights
+
+
+@pytest.fixture(scope="module")
+def taught(easy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run to take weights from."""
+    out = tmp_path_factory.mktemp("runs") / "taught"
+    train(plan_of(easy), out)
+    return out
+
+
+def test_a_run_begins_with_the_weights_that_it_is_given_and_says_what_came_over(easy, taught, tmp_path):
+    plan = plan_of(easy, replace(TINY, steps=1, learning_rate=1e-12), init=taught)
+    assert plan.notes[0].startswith(
+        f"weights of {taught}: 279 tensors taken over, 1,561,605 of 1,561,605 parameters"
+    )
+    assert plan.config["init"]["sha256"] == tables.sha256_of(taught / "best.safetensors")[0]
+    assert str(plan.default_out).endswith("-init")
+    train(plan, tmp_path / "run")
+    given, learnt = load_file(taught / "best.safetensors"), load_file(tmp_path / "run" / "best.safetensors")
+    assert all(
+        torch.allclose(given[name], learnt[name], atol=1e-6)
+        for name in given
+        if name.endswith("conv1.weight")
+    )
+
+
+def test_other_classes_get_all_but_the_last_layer(taught, tmp_path):
+    labels = [[("hum", "hiss", "whistle", "beep")[n % 4]] for n in range(24)]
+    where = shards_of(tmp_path, labels=labels)
+    plan = plan_of(where, init=taught)
+    assert "drawn anew, the last layers: fc2.weight, fc2.bias" in plan.notes[0]
+    assert plan.config["init"]["head"] == "fresh"
+    assert train(plan, tmp_path / "run").done
+
+
+def test_a_resumed_run_that_was_given_weights_is_the_undisturbed_one(easy, taught, tmp_path):
+    train(plan_of(easy, init=taught), tmp_path / "whole")
+    stop = iter([False, True, True])
+    train(plan_of(easy, init=taught), tmp_path / "halves", stop=lambda: next(stop))
+    with pytest.raises(TrainError, match=r"begun otherwise: init\.sha256 was '.*', now None\. Give"):
+        train(plan_of(easy), tmp_path / "halves", resume=True)
+    train(plan_of(easy, init=taught), tmp_path / "halves", resume=True)
+    assert same_state(read_last(tmp_path / "whole"), read_last(tmp_path / "halves"))
+
+
+def test_the_command_takes_the_network_of_the_weights_unless_told(easy, taught, tmp_path, run):
+    asked = ("train", "--shards", easy, "--device", "cpu", "--steps", 1, "--eval-every", 1, "--crop-s", 0.5)
+    done = run(*asked, "--init", taught, "--out", tmp_path / "x")
+    assert done.returncode == 0, done.stderr
+    assert "erann-3-1, 1 steps" in done.stderr
+    assert f"weights of {taught}: 279 tensors taken over" in done.stderr
+    other = run(*asked, "--init", taught, "--model", "erann-2-1", "--out", tmp_path / "y")
+    assert other.returncode == 0, other.stderr
+    assert "drawn anew, of another shape: stages.3.0.conv1.weight" in other.stderr
+    wrong = run(*asked, "--init", taught, "--model", "cnn14", "--out", tmp_path / "z")
+    assert wrong.returncode == 1
+    assert f"error: {taught / 'best.safetensors'}: 0 of" in wrong.stderr
+    assert not (tmp_path / "z").exists()

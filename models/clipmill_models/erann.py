@@ -21,14 +21,17 @@ parameter counts to the digit (docs/models.md has the table):
 
 from __future__ import annotations
 
+import math
 import re
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipmill_models.base import ModelError, Tagger, check_positive
+from clipmill_models.base import ModelError, Printed, Tagger, check_positive, without_autocast
+from clipmill_models.erann_printed import journal_figures, preprint_figures
+from clipmill_models.masks import behind_end, check_lengths, own_only
 
 NEGATIVE_SLOPE = 0.01
 STAGES = 5
@@ -36,8 +39,8 @@ STAGES = 5
 _KERNELS = {1: (3, 3, 1), 2: (3, 3, 1), 4: (6, 5, 2)}
 """Stride -> (kernel of conv1, kernel of conv2, padding of conv2): Eq. 5 of the journal paper."""
 
-_JOURNAL = re.compile(r"erann-([0-3])-([1-9]\d*)")
-_PREPRINT = re.compile(r"erann-([1-9]\d*)x(1|2|4|8|16)-([1-9]\d*)")
+_JOURNAL = re.compile(r"erann-([0-3])-([1-9][0-9]{0,3})")
+_PREPRINT = re.compile(r"erann-([1-9][0-9]{0,3})x(1|2|4|8|16)-([1-9][0-9]{0,3})")
 
 
 class AudioResidualBlock(nn.Module):
@@ -68,10 +71,14 @@ class AudioResidualBlock(nn.Module):
         if in_channels != channels or stride != (1, 1):
             self.shortcut = _Shortcut(in_channels, channels, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, in_channels, F, T] -> [B, channels, F', T']`."""
-        y = self.conv1(self.act1(self.norm1(x)))
-        y = self.conv2(self.act2(self.norm2(y)))
+    def forward(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
+        """`[B, in_channels, F, T] -> [B, channels, F', T']`.
+
+        `before` and `after`, int64 `[B]`, say how many of T and of T' are each clip's own;
+        what lies behind, the convolutions take for their padding.
+        """
+        y = self.conv1(own_only(self.act1(self.norm1(x)), before, time=3))
+        y = self.conv2(own_only(self.act2(self.norm2(y)), after, time=3))
         return y + self.shortcut(x)
 
 
@@ -100,6 +107,11 @@ class Erann(Tagger):
     log-mel itself 0 dB would be loud. `model.to(memory_format=torch.channels_last)` makes
     it faster, on a CPU too.
 
+    With `lengths`, a batch of clips padded to the longest gives, in evaluation mode, what
+    each clip gives alone: behind a clip's end every convolution sees its own zero padding,
+    and the pooling skips it. Without, the padding takes part in the pooling like any sound.
+    In training mode the batch's statistics take the padding in either way.
+
     Args:
         name: the canonical name, kept as `.name`.
         time_strides: strides over time of stages 1 to 4, each 2 or 4.
@@ -109,19 +121,19 @@ class Erann(Tagger):
     """
 
     input: ClassVar[str] = "features"
+    features: ClassVar[dict[str, Any] | None] = {}
+    HEAD: ClassVar[tuple[str, ...]] = ("fc2",)
+    PRINTED: ClassVar[tuple[Printed, ...]] = (*journal_figures(), *preprint_figures())
     GRAMMAR: ClassVar[str] = (
         "erann-{s_m}-{W} with s_m 0, 1, 2 or 3 (erann-1-6), or erann-{t_c}x{t_m}-{W} with t_m 1, 2, 4, 8 "
-        "or 16 (erann-8x2-6), where W and t_c are whole numbers from 1 up"
+        "or 16 (erann-8x2-6), where W and t_c are whole numbers from 1 to 9999"
     )
     NAMES: ClassVar[tuple[str, ...]] = tuple(
         f"erann-{size}"
         for size in (
-            # Journal, Tables 4 and 6.
+            # Journal, Tables 4 and 6; then the preprint's Table 4, whose other tables name the same with another t_c.
             *("0-3", "1-3", "0-4", "1-4", "2-4", "2-5", "0-6", "1-6", "2-6", "3-6"),
-            # Preprint, Table 3; then Table 6; then Table 7.
-            *("8x4-4", "8x4-5", "8x1-6", "8x2-6", "4x4-6", "8x4-6", "10x4-6", "8x8-6"),
-            *("4x2-3", "4x1-4", "4x2-4", "4x4-4", "4x4-5", "4x1-6", "4x2-6"),
-            *("3x2-3", "3x1-4", "3x2-4", "3x4-4", "3x4-5", "3x1-6", "3x2-6", "3x4-6"),
+            *("8x4-4", "8x4-5", "8x1-6", "8x2-6", "8x4-6", "8x8-6"),
         )
     )
 
@@ -131,9 +143,8 @@ class Erann(Tagger):
         super().__init__()
         self.name = name
         self.in_bins = in_bins
-        self.time_stride = 1
-        for stride in time_strides:
-            self.time_stride *= stride
+        self.time_strides = time_strides
+        self.time_stride = math.prod(time_strides)
         channels = [8 * width * 2**stage for stage in range(STAGES)]
         self.norm = nn.BatchNorm1d(in_bins)
         self.stages = nn.Sequential(_stage(1, channels[0], (1, 1), first=True))
@@ -168,34 +179,60 @@ class Erann(Tagger):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, NEGATIVE_SLOPE, mode="fan_out")
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits `[B, classes]` of features `[B, bins, frames]` (log-mel in dB, or any scale of it).
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Logits `[B, classes]`, float32, of features `[B, bins, frames]` (log-mel in dB, or any scale of it).
 
-        Under autocast the logits are still float32. The padded frames take part in the
-        pooling; a clip of whole seconds has none up to s_m = 3.
+        `lengths`, int64 `[B]`, says how many frames are each clip's own, from 1 up.
 
         Raises:
             ModelError: another shape, other bins than the model was built for, or no frames.
         """
-        if features.ndim != 3 or features.shape[1] != self.in_bins or features.shape[2] < 1:
+        if x.ndim != 3 or x.shape[1] != self.in_bins or x.shape[2] < 1:
             raise ModelError(
-                f"{self.name} got features of shape {tuple(features.shape)}: "
+                f"{self.name} got features of shape {tuple(x.shape)}: "
                 f"allowed is [batch, {self.in_bins}, frames] with at least 1 frame"
             )
-        x = self.norm(features)
-        x = F.pad(x, (0, -x.shape[2] % self.time_stride))
-        x = self.stages(x.unsqueeze(1))  # [B, 128 W, bins / 16, frames / time_stride]
-        x = x.mean((2, 3)) + x.amax((2, 3))
-        # bfloat16 logits would tie many clips' scores, and a ranking metric is made of their order.
-        # Autocast knows no meta device, on which sizes are counted.
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        frames = x.shape[2]
+        x = self.norm(x.to(self.norm.weight.dtype))
+        # [B, 1, bins, T], T a multiple of the stride
+        x = F.pad(x, (0, -frames % self.time_stride)).unsqueeze(1)
+        if lengths is not None:
+            lengths = check_lengths(lengths, x.shape[0]).clamp(1, frames)
+            x = own_only(x, lengths, time=3)
+            # A clip alone would be padded to this many frames.
+            lengths = (lengths + self.time_stride - 1) // self.time_stride * self.time_stride
+        for stage, stride in zip(self.stages, (1, *self.time_strides), strict=True):
+            after = None if lengths is None else lengths // stride
+            x = stage(x, lengths, after)
+            lengths = after
+        x = _pool(x, lengths)  # of [B, 128 W, bins / 16, frames / time_stride]
+        with without_autocast(x):
             x = self.fc1(x.to(self.fc1.weight.dtype))
-            return self.fc2(F.leaky_relu(x, NEGATIVE_SLOPE))
+            return self.fc2(F.leaky_relu(x, NEGATIVE_SLOPE)).float()
+
+
+def _pool(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Mean plus maximum over frequency and each clip's own time: `[B, C, F, T] -> [B, C]` float32."""
+    if lengths is None:
+        return x.mean((2, 3), dtype=torch.float32) + x.amax((2, 3)).float()
+    mean = own_only(x, lengths, time=3).sum((2, 3), dtype=torch.float32) / (lengths * x.shape[2])[:, None]
+    return mean + x.masked_fill(behind_end(x, lengths, time=3), float("-inf")).amax((2, 3)).float()
+
+
+class Stage(nn.Sequential):
+    """One stage of Table 1: its `AudioResidualBlock`s."""
+
+    def forward(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
+        """`[B, in_channels, F, T] -> [B, channels, F', T']`; see `AudioResidualBlock.forward`."""
+        for block in self:
+            x = block(x, before, after)
+            before = after
+        return x
 
 
 def _stage(
     in_channels: int, channels: int, stride: tuple[int, int], *, first: bool = False, blocks: int = 4
-) -> nn.Sequential:
-    """One stage of Table 1: a block that changes the size, then blocks that keep it."""
+) -> Stage:
+    """A block that changes the size, then blocks that keep it."""
     opening = AudioResidualBlock(in_channels, channels, stride, first=first)
-    return nn.Sequential(opening, *(AudioResidualBlock(channels, channels) for _ in range(blocks - 1)))
+    return Stage(opening, *(AudioResidualBlock(channels, channels) for _ in range(blocks - 1)))

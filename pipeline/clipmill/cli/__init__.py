@@ -29,9 +29,12 @@ COMMANDS = (
     "verify",
     "leaks",
     "convert",
+    "models",
     "train",
     "evaluate",
     "predict",
+    "export",
+    "bench",
     "demo",
 )
 """The commands in the order that a clip travels; each is `command` in its module of this package."""

@@ -19,15 +19,15 @@ from clipmill.cli import DONE, DONE_IN_PART, FAILED, console
 @click.option(
     "--window",
     type=click.IntRange(min=1),
-    default=10,
-    show_default=True,
+    default=None,
+    show_default="10, or what the network takes",
     help="Seconds heard at a time: longer files are cut, and the probabilities averaged.",
 )
 @console.weights_option
 @console.device_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
 def command(
-    run: Path, files: tuple[str, ...], top: int, window: int, weights: str, device: str, as_json: bool
+    run: Path, files: tuple[str, ...], top: int, window: int | None, weights: str, device: str, as_json: bool
 ) -> int:
     """Say what is heard in sound files of any format and length.
 

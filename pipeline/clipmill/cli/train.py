@@ -52,6 +52,13 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     default=None,
     help="Folder of the run.  [default: runs/DATASET-MODEL-foldK]",
 )
+@click.option(
+    "--init",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="RUN|FILE",
+    help="Start from the weights of another run, of a .safetensors or of a .pt file; other classes get a fresh head.",
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, exactly where it was saved last.")
 @console.device_option
 @click.option(
@@ -81,6 +88,7 @@ def command(
     where: str,
     fold: int | None,
     out: Path | None,
+    init: Path | None,
     resume: bool,
     device: str,
     seed: int,
@@ -102,18 +110,22 @@ def command(
       pipeline train --shards data/esc10/shards/webdataset-flac-44100 --fold 1
       pipeline train --shards SHARDS --model erann-1-1 --fold 1 --steps 300 --out runs/x
       pipeline train --shards SHARDS --fold 1 --out runs/x --resume
+      pipeline train --shards SHARDS --fold 1 --init runs/audioset --learning-rate 1e-4 --steps 2000
       pipeline train --shards SHARDS --fold 1 --where "silent < 0.9 and duration_s >= 1"
     """  # fmt: skip
     from clipmill.shards.read import Shards
     from clipmill.train.device import default_workers, pick_device
     from clipmill.train.loop import plan_run, train
     from clipmill.train.recipes import choose_recipe, describe
+    from clipmill.train.transfer import model_of
 
     place = pick_device(device)
     shards = Shards.open(where)
     console.say_unfinished(shards.info)
+    if init is not None and fields["model"] is None:
+        fields["model"] = model_of(init)
     recipe, why = choose_recipe(shards.name, place.type, recipe_name, **fields)
-    plan = plan_run(shards, recipe, place, fold=fold, seed=seed, allow_leak=allow_leak, where=keep)
+    plan = plan_run(shards, recipe, place, fold=fold, seed=seed, allow_leak=allow_leak, where=keep, init=init)
     folder = out or plan.default_out
     console.say(f"{why}\n  {describe(recipe)}, {plan.config['loss']}, on {place}")
     for note in plan.notes:

@@ -1,5 +1,6 @@
-"""Audio features as torch modules: waveforms `[B, samples]` in, `[B, bins, 128 * seconds]` out."""
+"""Audio features as torch modules: waveforms `[B, samples]` in, what a network takes out."""
 
+from clipmill.features.front_end import FrontEnd
 from clipmill.features.logmel import LogMel
 
-__all__ = ["LogMel"]
+__all__ = ["FrontEnd", "LogMel"]

@@ -1,4 +1,4 @@
-"""The log-mel spectrogram of ERANN: 128 frames a second at any sample rate."""
+"""The log-mel spectrogram: ERANN's, of 128 frames a second at any sample rate, or any other network's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchaudio.transforms import MelSpectrogram
 from clipmill.errors import FeatureError
 
 FRAMES_PER_S = 128
-"""Frames of every second of audio; a power of two, so that a network's strides divide it."""
+"""ERANN's frames of every second of audio; a power of two, so that a network's strides divide it."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class LogMelSettings:
         sample_rate: of the waveform, in Hz.
         n_fft: samples of the Fourier transform; by default `win_length`.
         win_length: samples of the Hann window; by default 4 hops, an overlap of 0.75.
-        hop: samples from frame to frame; can only be `sample_rate / 128`, rounded up.
+        hop: samples from frame to frame; by default `sample_rate / 128`, rounded up, which
+            gives 128 frames of every second. Another one gives a frame centred on every hop.
         f_min: lower edge of the lowest mel filter, in Hz.
         f_max: upper edge of the highest one, in Hz; capped at half the sample rate, and
             kept here as capped.
@@ -54,9 +55,9 @@ class LogMelSettings:
         rate = self.sample_rate
         if rate < FRAMES_PER_S:
             raise FeatureError(f"sample_rate is {rate} Hz: allowed is {FRAMES_PER_S} Hz and more")
-        hop = -(-rate // FRAMES_PER_S)
-        if self.hop not in (None, hop):
-            raise FeatureError(f"hop is {self.hop}: {FRAMES_PER_S} frames a second at {rate} Hz need {hop}")
+        hop = -(-rate // FRAMES_PER_S) if self.hop is None else self.hop
+        if not 1 <= hop <= rate:
+            raise FeatureError(f"hop is {hop}: allowed is 1 to the sample rate, {rate}")
         win_length = 4 * hop if self.win_length is None else self.win_length
         n_fft = win_length if self.n_fft is None else self.n_fft
         if not 2 <= win_length <= n_fft <= rate:
@@ -87,6 +88,9 @@ class LogMel(nn.Module):
     long clips are padded by the few hops that are missing: none up to 5 s at 44.1 kHz,
     one at 10 s. Frames are centred on their samples, so the last one may look past the
     end, where the waveform is mirrored.
+
+    With another `hop`, as other networks have it, nothing is padded:
+    `[B, samples] -> [B, n_mels, samples // hop + 1]`.
 
     Takes the fields of `LogMelSettings` as keywords; `LogMel(**other.config)` computes the
     same numbers as `other`. Computes in float32 under autocast too.
@@ -130,9 +134,18 @@ class LogMel(nn.Module):
         """Whole seconds that a waveform of `samples` is padded to."""
         return -(-samples // self.settings.sample_rate)
 
+    @property
+    def frames_per_s(self) -> int | None:
+        """128 where every whole second gives that many frames; None with a hop of another network."""
+        by_the_second = self.settings.hop == -(-self.settings.sample_rate // FRAMES_PER_S)
+        return FRAMES_PER_S if by_the_second else None
+
     def frames(self, samples: int) -> int:
-        """Frames that a waveform of `samples` gives: 128 times its whole seconds."""
-        return FRAMES_PER_S * self.seconds(samples)
+        """Frames that a waveform of `samples` gives."""
+        assert self.settings.hop is not None
+        if self.frames_per_s is None:
+            return samples // self.settings.hop + 1
+        return self.frames_per_s * self.seconds(samples)
 
     def forward(self, wave: Tensor) -> Tensor:
         """Log-mel of `wave` `[B, samples]` (floating point, -1..1): float32 dB `[B, n_mels, frames]`.
@@ -140,21 +153,29 @@ class LogMel(nn.Module):
         Raises:
             FeatureError: another shape, no samples, or integer samples.
         """
-        if wave.ndim != 2 or wave.shape[1] == 0 or not wave.is_floating_point():
-            raise FeatureError(
-                f"a waveform is {wave.dtype} of shape {tuple(wave.shape)}: "
-                "allowed is floating point in -1..1 of shape [batch, samples]"
-            )
+        check_wave(wave)
         hop = self.settings.hop
         assert hop is not None
-        frames = self.frames(wave.shape[1])
-        # A centred transform gives floor(samples / hop) + 1 frames.
-        samples = max(self.seconds(wave.shape[1]) * self.settings.sample_rate, (frames - 1) * hop)
+        samples, frames = wave.shape[1], self.frames(wave.shape[1])
+        if self.frames_per_s is not None:
+            samples = max(self.seconds(samples) * self.settings.sample_rate, (frames - 1) * hop)
+        # A centred transform gives floor(samples / hop) + 1 frames, and of an odd size one sample later.
+        samples += self.mel.n_fft % 2
+        samples = max(samples, self.mel.n_fft // 2 + 1)  # the least that can be mirrored at both ends
         with torch.autocast(wave.device.type, enabled=False):
             padded = functional.pad(wave.float(), (0, samples - wave.shape[1]))
             power = self.mel(padded)[..., :frames]
             # The mel filters leave time as the slowest axis in memory; the networks read along time.
             return 10.0 * torch.log10(power.clamp(min=self.settings.floor)).contiguous()
+
+
+def check_wave(wave: Tensor) -> None:
+    """Raises `FeatureError` for what is no floating-point `[B, samples]` with at least one sample."""
+    if wave.ndim != 2 or wave.shape[1] == 0 or not wave.is_floating_point():
+        raise FeatureError(
+            f"a waveform is {wave.dtype} of shape {tuple(wave.shape)}: "
+            "allowed is floating point in -1..1 of shape [batch, samples]"
+        )
 
 
 def _settings(given: dict[str, Any]) -> LogMelSettings:

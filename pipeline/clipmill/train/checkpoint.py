@@ -21,16 +21,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipmill import tables
 from clipmill.errors import TableError, TrainError
-from clipmill.features import LogMel
-from clipmill_models import ModelError, create_model
+from clipmill.features import FrontEnd
+from clipmill_models import ModelError, Tagger, create_model
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pt", "best.safetensors"
 
-FREE = frozenset({"shards", "device", "workers", "versions", "allow_leak", "recipe.name", "recipe.model"})
+FREE = frozenset({
+    *("shards", "device", "workers", "versions", "allow_leak", "recipe.name", "recipe.model"),
+    *(f"init.{field}" for field in ("from", "bytes", "weights", "matched", "parameters", "head")),
+})  # fmt: skip
 """Fields of config.json that a resumed run may change: they decide no number, or another field says the same."""
 
 
@@ -40,8 +43,8 @@ class Run:
 
     folder: Path
     config: dict[str, Any]
-    model: nn.Module
-    features: nn.Module
+    model: Tagger
+    features: FrontEnd
     weights: str
 
     @property
@@ -68,8 +71,8 @@ def read_run(folder: Path, device: torch.device, weights: str = "best") -> Run:
     """
     config = read_config(folder)
     try:
-        model = create_model(config["model"], len(config["labels"]), in_bins=config["features"]["n_mels"])
-        features = LogMel(**config["features"])
+        features = FrontEnd(**config["features"])
+        model = create_model(config["model"], len(config["labels"]), features.bins)
         state = _best(folder) if weights == "best" else read_last(folder)["ema"]
         model.load_state_dict(state)
     except (KeyError, TypeError, ModelError) as error:

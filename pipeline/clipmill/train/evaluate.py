@@ -16,6 +16,7 @@ from clipmill.shards.read import Shards
 from clipmill.train.batches import WholeClipBatches, stream
 from clipmill.train.checkpoint import Run
 from clipmill.train.device import SECONDS_AT_ONCE
+from clipmill.train.lengths import check_heard
 from clipmill.train.metrics import confusions, main_figure, measure_scores
 from clipmill.train.objective import clip_loss, probabilities
 from clipmill.train.split import fulfilling, held_out_again, labelled
@@ -78,11 +79,12 @@ def evaluate_run(
 
     Raises:
         ConfigError: `where` cannot be read.
-        TrainError: the shards do not fit the run, or no clip is chosen.
+        TrainError: the shards do not fit the run, no clip is chosen, or one is longer than the network takes.
     """
     check_fit(run, shards)
     rows, what = choose_clips(run, shards, fold, split, where)
     chosen = shards.take(rows)
+    check_heard(run.model, run.features, int(chosen.samples.max()), f"the longest clip of {what}")
     scores, mean_loss = score_clips(run.model, run.features, chosen, run.loss, device, workers, update)
     figures = measure_scores(chosen.targets, scores, run.labels, run.loss)
     return {

@@ -20,19 +20,21 @@ from torch import Tensor, nn
 from clipmill import __version__
 from clipmill.augment import crop, mix_between_class, mix_standard, specaugment, to_float
 from clipmill.errors import ConfigError, TrainError
-from clipmill.features import LogMel
+from clipmill.features import FrontEnd
 from clipmill.shards.read import Shards
 from clipmill.train import checkpoint
 from clipmill.train.batches import Batch, StepBatches, stream
 from clipmill.train.ema import Ema
 from clipmill.train.evaluate import score_clips
+from clipmill.train.lengths import check_heard
 from clipmill.train.log import Log
 from clipmill.train.metrics import main_figure, measure_scores
 from clipmill.train.objective import choose_loss, clip_loss
 from clipmill.train.recipes import Recipe, learning_rate_at
 from clipmill.train.sampler import step_seed
 from clipmill.train.split import Split, choose_split
-from clipmill_models import ModelError, create_model
+from clipmill.train.transfer import initialise
+from clipmill_models import ModelError, Tagger, create_model, outline_model
 
 WIDEST_STRIPE = 64
 """Frames of SpecAugment's widest stripe over time, as in PANNs; crops below 4 s get an eighth of their own."""
@@ -47,13 +49,15 @@ class Plan:
     recipe: Recipe
     seed: int
     device: torch.device
+    init: Path | None
     config: dict[str, Any]
     notes: tuple[str, ...]
 
     @property
     def default_out(self) -> Path:
-        """runs/<dataset>-<model>-<what is held out>."""
-        return Path("runs") / f"{self.shards.name}-{self.config['model']}-{self.split.tag}"
+        """runs/<dataset>-<model>-<what is held out>, with -init where the weights come from elsewhere."""
+        name = f"{self.shards.name}-{self.config['model']}-{self.split.tag}"
+        return Path("runs") / (f"{name}-init" if self.init else name)
 
 
 @dataclass(frozen=True)
@@ -79,23 +83,24 @@ def plan_run(
     seed: int = 0,
     allow_leak: bool = False,
     where: str | None = None,
+    init: Path | None = None,
 ) -> Plan:
     """Decide everything about a run, and write nothing.
 
     `where` is an expression as `Shards.where` takes it: the run then neither learns from other clips nor
-    holds them out.
+    holds them out. `init` is what `transfer.read_weights` takes: the run starts from those weights.
 
     Raises:
         ConfigError: the recipe's model is not known, or `where` cannot be read.
-        TrainError: the clips cannot be split, or have fewer than two classes.
+        TrainError: the clips cannot be split, or have fewer than two classes; `init` cannot be read, or
+            nothing of it fits the model.
     """
     if len(shards.labels) < 2:
         raise TrainError(f"{shards.folder}: has {len(shards.labels)} class; a tagger needs at least two")
     split = choose_split(shards, fold, seed, allow_leak=allow_leak, where=where)
-    features = LogMel(sample_rate=shards.sample_rate)
     loss = choose_loss(shards.targets, recipe.loss)
-    with torch.device("meta"):
-        name = _create(recipe.model, len(shards.labels), features).name
+    network = _create(recipe.model, len(shards.labels), outline_model)
+    features = FrontEnd.of(network, shards.sample_rate)
     config = {
         "dataset": shards.name,
         "shards": str(shards.folder.resolve()),
@@ -106,22 +111,33 @@ def plan_run(
         "labels": shards.labels,
         "sample_rate": shards.sample_rate,
         "features": features.config,
-        "model": name,
+        "model": network.name,
         "loss": loss,
         "recipe": asdict(recipe),
         "seed": seed,
+        "init": None,
         "allow_leak": allow_leak,
         "device": str(device),
         "versions": {"clipmill": __version__, "torch": torch.__version__, "numpy": np.__version__},
     }
+    crop = round(recipe.crop_s * shards.sample_rate)
+    learnt_from = crop or int(shards.samples[split.train].max())
+    check_heard(network, features, learnt_from, "the crop" if crop else "the longest clip to train on")
+    check_heard(network, features, int(shards.samples[split.held_out].max()), "the longest clip held out")
     unlearnable = [shards.labels[c] for c in np.flatnonzero(shards.targets[split.train].sum(0) == 0)]
-    notes = [f"{len(split.train)} clips to train on, {len(split.held_out)} held out: {split.why}"]
+    notes = []
+    if init is not None:
+        transferred, config["init"] = initialise(network, init, shards.labels, loss)
+        notes = [f"weights of {init}: {'; '.join(transferred.lines())}"]
+    if recipe.specaugment and network.input == "waveform":
+        notes.append(f"no SpecAugment: {network.name} takes waveforms")
+    notes += [f"{len(split.train)} clips to train on, {len(split.held_out)} held out: {split.why}"]
     if unlearnable:
         notes.append(
             f"cannot be learnt, for no clip to train on has it: {', '.join(unlearnable[:5])}"
             + (f" and {len(unlearnable) - 5} more" if len(unlearnable) > 5 else "")
         )
-    return Plan(shards, split, recipe, seed, device, config, tuple(notes))
+    return Plan(shards, split, recipe, seed, device, init, config, tuple(notes))
 
 
 def train(
@@ -155,8 +171,8 @@ def train(
     state, note = checkpoint.start_or_resume(out, plan.config, resume=resume)
     if note:
         say(note)
-    features = LogMel(**plan.config["features"]).to(device)
-    model = _fresh_model(plan, features)
+    features = FrontEnd(**plan.config["features"]).to(device)
+    model = _fresh_model(plan, resumed=state is not None)
     ema = Ema(model, recipe.ema_decay, warmup=recipe.ema_warmup)
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)
     start, best, last = 0, None, None
@@ -207,13 +223,16 @@ def train(
     return Outcome(recipe.steps, True, recipe.steps - start, best, last)
 
 
-def prepare(batch: Batch, features: LogMel, recipe: Recipe, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+def prepare(
+    batch: Batch, features: FrontEnd, recipe: Recipe, noise: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """A batch as it is learnt from: crop, mix, log-mel, mask, all on the device of `noise`.
 
     Returns:
-        float32 log-mel `[B, bins, frames]`, and soft targets `[B, classes]`.
+        float32 log-mel `[B, bins, frames]`, or `[B, samples]` for a network on waveforms, which
+        SpecAugment leaves alone; and soft targets `[B, classes]`.
     """
-    rate = features.settings.sample_rate
+    rate = features.sample_rate
     waves, lengths, targets = (part.to(noise.device, non_blocking=True) for part in batch[:3])
     if recipe.crop_s:
         waves = crop(waves, lengths, round(recipe.crop_s * rate), noise)
@@ -222,26 +241,28 @@ def prepare(batch: Batch, features: LogMel, recipe: Recipe, noise: torch.Generat
         sound, targets = mix_standard(sound, targets, noise)
     elif recipe.mixup == "between-class":
         sound, targets = mix_between_class(sound, targets, rate, noise)
-    mel = features(sound)
-    if recipe.specaugment:
-        mel = specaugment(mel, noise, time_width=min(WIDEST_STRIPE, mel.shape[2] // 8))
-    return mel, targets
+    heard = features(sound)
+    if recipe.specaugment and features.logmel is not None:
+        heard = specaugment(heard, noise, time_width=min(WIDEST_STRIPE, heard.shape[2] // 8))
+    return heard, targets
 
 
-def _create(name: str, classes: int, features: LogMel) -> Any:
+def _create(name: str, classes: int, build: Callable[[str, int], Tagger] = create_model) -> Tagger:
     try:
-        return create_model(name, classes, in_bins=features.config["n_mels"])
+        return build(name, classes)
     except ModelError as error:
         raise ConfigError(f"--model {name}: {error}") from error
 
 
-def _fresh_model(plan: Plan, features: LogMel) -> nn.Module:
-    """The network with weights drawn by the run's seed, which leaves the caller's random stream alone."""
+def _fresh_model(plan: Plan, *, resumed: bool) -> Tagger:
+    """The network with the weights that the run starts from; drawing them leaves the caller's random stream alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
-        model = _create(plan.config["model"], len(plan.config["labels"]), features)
+        model = _create(plan.config["model"], len(plan.config["labels"]))
+    if plan.init is not None and not resumed:
+        initialise(model, plan.init, plan.config["labels"], plan.config["loss"])
     # Channels last in memory is what convolutions are fastest in, on a CPU as well.
-    return model.to(plan.device, memory_format=torch.channels_last).train()
+    return model.to(plan.device).to(memory_format=torch.channels_last).train()
 
 
 def _evaluate(

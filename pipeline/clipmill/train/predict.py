@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,11 @@ from clipmill.augment import to_float
 from clipmill.errors import ConfigError, DecodeError
 from clipmill.train.checkpoint import Run
 from clipmill.train.device import SECONDS_AT_ONCE
+from clipmill.train.lengths import longest_s
 from clipmill.train.objective import probabilities
+
+WINDOW_S = 10
+"""Seconds heard at a time, unless told otherwise or the network takes less."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,22 @@ class Prediction:
 
 
 def predict_files(
-    run: Run, files: Iterable[Path | str], device: torch.device, *, window_s: int = 10
+    run: Run, files: Iterable[Path | str], device: torch.device, *, window_s: int | None = None
 ) -> Iterator[Prediction]:
     """Yield what is heard in each file, one after the other; a bad file is a row too.
 
+    `window_s` is how many seconds are heard at a time; by default 10, or as many as the network takes.
+
     Raises:
-        ConfigError: `window_s` is below 1.
+        ConfigError: `window_s` is below 1, or more than the network takes.
     """
-    if window_s < 1:
-        raise ConfigError(f"--window {window_s}: allowed is any whole number of seconds from 1 up")
+    most = longest_s(run.model, run.features)
+    window_s = int(min(WINDOW_S, most)) if window_s is None else window_s
+    if not 1 <= window_s <= most:
+        allowed = (
+            "from 1 up" if most == math.inf else f"from 1 to {most}, the most that {run.model.name} takes"
+        )
+        raise ConfigError(f"--window {window_s}: allowed is any whole number of seconds {allowed}")
     for file in files:
         try:
             ready = prepare_clip(Path(file), run.sample_rate)
