@@ -131,13 +131,13 @@ def test_frames_behind_a_clips_length_are_not_heard(model: Ast) -> None:
 
 
 def test_more_frames_than_it_has_positions_for_are_an_error(model: Ast) -> None:
-    with pytest.raises(ModelError, match=r"\(1, 128, 513\): allowed is .* 1 to 512 frames, 5\.11 s"):
+    with pytest.raises(ModelError, match=r"\(1, 128, 513\): allowed is .* 1 to 512 frames"):
         model(torch.zeros(1, 128, 513))
 
 
 @pytest.mark.parametrize("shape", [(128, 20), (2, 64, 20), (2, 128, 0), (2, 1, 128, 20)])
 def test_wrong_input_is_told_what_is_allowed(model: Ast, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ModelError, match=r"allowed is \[batch, 128, frames\]"):
+    with pytest.raises(ModelError, match=r"allowed is floating point of shape \[batch, 128, frames\]"):
         model(torch.zeros(shape))
 
 

@@ -175,7 +175,7 @@ def test_wrong_input_is_told_what_is_allowed(shape: tuple[int, ...]) -> None:
 
 
 def test_samples_that_are_whole_numbers_are_refused_for_they_are_not_in_minus_1_to_1() -> None:
-    with pytest.raises(ModelError, match=r"waveforms of torch.int16 .* allowed is floating point"):
+    with pytest.raises(ModelError, match=r"got torch.int16 of shape .* allowed is floating point"):
         on_meta("eat-s-speech")(torch.zeros(2, 9000, dtype=torch.int16, device="meta"))
 
 

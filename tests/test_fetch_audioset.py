@@ -574,7 +574,9 @@ def test_progress_is_a_plain_line_now_and_then_elsewhere(server, tmp_path, table
     lines = [line for line in done.stderr.splitlines() if line.startswith("fetch audioset: ")]
     assert 2 <= len(lines) <= 1 + time.monotonic() - began
     assert all(
-        re.fullmatch(r"fetch audioset: \d/5 clips, \d+/h(, \d+ s left)?, had \d, failed 0, left \d", line)
+        re.fullmatch(
+            r"fetch audioset: \d/5 clips, \d+/h(, \d+ (s|min) left)?, had \d, failed 0, left \d", line
+        )
         for line in lines
     )
     assert "\x1b" not in done.stderr

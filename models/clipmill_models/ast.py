@@ -135,11 +135,7 @@ class Ast(Tagger):
         Raises:
             ModelError: another shape, other bins than 128, or more frames than the network takes.
         """
-        if x.ndim != 3 or x.shape[1] != BINS or not 1 <= x.shape[2] <= self.longest:
-            raise ModelError(
-                f"{self.name} got features of shape {tuple(x.shape)}: allowed is [batch, {BINS}, frames] "
-                f"with 1 to {self.longest} frames, {(self.longest - 1) / 100} s"
-            )
+        self.check_input(x)
         frames = x.shape[2]
         if lengths is not None:
             own = torch.arange(frames, device=x.device) < check_lengths(lengths, x.shape[0])[:, None]

@@ -98,6 +98,20 @@ class Tagger(nn.Module):
         """
         raise NotImplementedError
 
+    def check_input(self, x: Tensor) -> None:
+        """Raise `ModelError` unless `x` is floating point, of a shape and a length that the network takes."""
+        features = self.input == "features"
+        fits = x.ndim == (3 if features else 2) and (not features or x.shape[1] == self.in_bins)
+        most = self.longest
+        if fits and x.is_floating_point() and x.shape[-1] >= 1 and (most is None or x.shape[-1] <= most):
+            return
+        what = f"[batch, {self.in_bins}, frames]" if features else "[batch, samples]"
+        unit = "frame" if features else "sample"
+        raise ModelError(
+            f"{self.name} got {x.dtype} of shape {tuple(x.shape)}: allowed is floating point of shape {what} with "
+            + (f"at least 1 {unit}" if most is None else f"1 to {most} {unit}s")
+        )
+
     def input_shape(self, seconds: float) -> tuple[int, ...]:
         """Shape of one clip of so many seconds, without the batch, as the network's own front end gives it.
 

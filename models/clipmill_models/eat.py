@@ -39,7 +39,7 @@ from clipmill_models.base import (
     without_autocast,
 )
 from clipmill_models.gmme import NEGATIVE_SLOPE, TAPS, Down, GatedMiniPatch, Res, convolution
-from clipmill_models.masks import check_lengths
+from clipmill_models.masks import check_lengths, own_only
 
 DROPOUT = 0.1
 DILATIONS = (1, 3, 9)
@@ -250,18 +250,14 @@ class Eat(Tagger):
         Raises:
             ModelError: another shape, no samples, or whole numbers.
         """
-        if x.ndim != 2 or x.shape[1] < 1 or not x.is_floating_point():
-            raise ModelError(
-                f"{self.name} got waveforms of {x.dtype} and shape {tuple(x.shape)}: "
-                "allowed is floating point of shape [batch, samples] with at least 1 sample"
-            )
+        self.check_input(x)
         samples = x.shape[1]
         tokens = (samples + self.stride - 1) // self.stride  # ONNX rounds negative quotients up
         own: Tensor | int = tokens
         mask = None
         if lengths is not None:
             lengths = check_lengths(lengths, x.shape[0]).clamp(0, samples)
-            x = x.masked_fill(torch.arange(samples, device=x.device) >= lengths[:, None], 0)
+            x = own_only(x, lengths, time=1)
             own = ((lengths + self.stride - 1) // self.stride)[:, None]
             # The class token stands first, so that a clip without samples still attends to something.
             mask = (torch.arange(1 + tokens, device=x.device) <= own)[:, None, None]

@@ -187,11 +187,7 @@ class Erann(Tagger):
         Raises:
             ModelError: another shape, other bins than the model was built for, or no frames.
         """
-        if x.ndim != 3 or x.shape[1] != self.in_bins or x.shape[2] < 1:
-            raise ModelError(
-                f"{self.name} got features of shape {tuple(x.shape)}: "
-                f"allowed is [batch, {self.in_bins}, frames] with at least 1 frame"
-            )
+        self.check_input(x)
         frames = x.shape[2]
         x = self.norm(x.to(self.norm.weight.dtype))
         # [B, 1, bins, T], T a multiple of the stride

@@ -86,11 +86,7 @@ class _Panns(Tagger):
         Raises:
             ModelError: another shape, other bins than the model was built for, or no frames.
         """
-        if x.ndim != 3 or x.shape[1] != self.in_bins or x.shape[2] < 1:
-            raise ModelError(
-                f"{self.name} got features of shape {tuple(x.shape)}: "
-                f"allowed is [batch, {self.in_bins}, frames] with at least 1 frame"
-            )
+        self.check_input(x)
         if lengths is not None:
             lengths = check_lengths(lengths, x.shape[0]).clamp(1, x.shape[2])
         x = self._image(x, lengths)
@@ -278,7 +274,8 @@ class WavegramLogmelCnn(Cnn14, Wavegram):
         Raises:
             ModelError: another shape, or no samples.
         """
-        wave, lengths = prepare_waveform(self.name, x, lengths, least=LEAST * self.HOP)
+        self.check_input(x)
+        wave, lengths = prepare_waveform(x, lengths, least=LEAST * self.HOP)
         learnt = Wavegram.forward(self, wave, lengths)
         frames = None if lengths is None else wavegram_frames(lengths)
         # 128 channels become 4 of 32 bins: [B, 4, frames, 32].

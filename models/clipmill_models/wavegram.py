@@ -132,31 +132,25 @@ class WavegramErann(Tagger):
         Raises:
             ModelError: another shape, or no samples.
         """
-        x, lengths = prepare_waveform(self.name, x, lengths, least=Wavegram.HOP)
+        self.check_input(x)
+        x, lengths = prepare_waveform(x, lengths, least=Wavegram.HOP)
         picture = self.wavegram(x, lengths)
         return self.erann(picture, None if lengths is None else wavegram_frames(lengths))
 
 
-def prepare_waveform(
-    name: str, x: Tensor, lengths: Tensor | None, least: int
-) -> tuple[Tensor, Tensor | None]:
-    """Check waveforms `[B, samples]`, silence them behind `lengths`, and pad with zeros to `least` samples.
+def prepare_waveform(x: Tensor, lengths: Tensor | None, least: int) -> tuple[Tensor, Tensor | None]:
+    """Silence waveforms `[B, samples]` behind `lengths`, and pad them with zeros to `least` samples.
 
     Returns:
         The waveforms, float32, and their lengths, both of at least `least`.
 
     Raises:
-        ModelError: (naming the network `name`) another shape, no samples, or wrong lengths.
+        ModelError: wrong lengths.
     """
-    if x.ndim != 2 or x.shape[1] < 1 or not x.is_floating_point():
-        raise ModelError(
-            f"{name} got a waveform of {x.dtype} and shape {tuple(x.shape)}: "
-            "allowed is floating point of shape [batch, samples] with at least 1 sample"
-        )
     x = x.float()
     if lengths is not None:
         lengths = check_lengths(lengths, x.shape[0]).clamp(1, x.shape[1])
-        x = own_only(x[:, None], lengths)[:, 0]
+        x = own_only(x, lengths, time=1)
         lengths = lengths.clamp(min=least)
     return F.pad(x, (0, pad_to(least, x.shape[1]))), lengths
 

@@ -117,11 +117,11 @@ def _show(report: dict[str, Any]) -> None:
         "audios/s": [
             "OOM" if row["out_of_memory"] else f"{row['audios_per_s']:.1f}" for row in report["rows"]
         ],
-        "ms": _column(report, "median_ms", "{:.2f}"),
-        "p10": _column(report, "p10_ms", "{:.2f}"),
-        "p90": _column(report, "p90_ms", "{:.2f}"),
+        "ms": _column(report, "median_ms", "{:.1f}"),
+        "p10": _column(report, "p10_ms", "{:.1f}"),
+        "p90": _column(report, "p90_ms", "{:.1f}"),
         "params": _column(report, "parameters", "{:.1f} M", 1e6),
-        "mult-adds": _column(report, "multiply_adds", "{:.2f} G", 1e9),
+        "mult-adds": _column(report, "multiply_adds", "{:.1f} G", 1e9),
         "TFLOP/s": _column(report, "tflops", "{:.3g}"),
         "share": _column(report, "share_of_matrix_rate", "{:.0%}"),
         "GB": _column(report, "memory_bytes", "{:.2f}", 1e9),
