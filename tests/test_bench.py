@@ -234,7 +234,7 @@ def test_what_the_compiler_cannot_do_names_the_flag(monkeypatch: pytest.MonkeyPa
     from torch._inductor import config
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    settings = BenchSettings(("erann-0-1",), (1,), 1.0, compile=True, frontend=False, rounds=1)
+    settings = BenchSettings(("cnn14",), (1,), 1.0, compile=True, frontend=False, rounds=1)
     with (
         config.patch({"cpp.cxx": (None, "/nonexistent/compiler")}),
         pytest.raises(TrainError, match="--compile: "),

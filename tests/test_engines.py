@@ -444,7 +444,7 @@ class TestSlurm:
         [
             ({"partition": "nowhere"}, r"invalid partition.*--partition"),
             ({"mem_mb": 10**7}, r"Memory.*--mem"),
-            ({"time_min": 10_000}, r"PartitionTimeLimit.*--time"),
+            ({"time_min": 10_000}, r"Partition(TimeLimit|Config).*--time"),  # Slurm says the one or the other
         ],
     )
     def test_what_slurm_refuses_is_said_with_the_flag_that_mends_it(self, slurm, settings, what):

@@ -575,7 +575,8 @@ def test_progress_is_a_plain_line_now_and_then_elsewhere(server, tmp_path, table
     assert 2 <= len(lines) <= 1 + time.monotonic() - began
     assert all(
         re.fullmatch(
-            r"fetch audioset: \d/5 clips, \d+/h(, \d+ (s|min) left)?, had \d, failed 0, left \d", line
+            r"fetch audioset: \d/5 clips, [\d.]+/[hs](, [\d.]+ (s|min|h) left)?, had \d, failed 0, left \d",
+            line,
         )
         for line in lines
     )
