@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -328,11 +329,14 @@ def _set_aside(room: Path, clips: int) -> None:
     Raises:
         OSError: there is no such room.
     """
-    if hasattr(os, "posix_fallocate"):  # macOS has none; there a full disk may cost the account
-        with open(room, "wb") as file:
-            os.posix_fallocate(
-                file.fileno(), 0, (256 + clips) * 1024
-            )  # an index row and its loss: under 1 KiB
+    size = (256 + clips) * 1024  # an index row and its loss take less than 1 KiB
+    with open(room, "wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except (AttributeError, OSError) as error:
+            # macOS and some file systems cannot set room aside; there a full disk may cost the account.
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
 
 def _rows_of(units: Sequence[Unit], not_built: dict[str, str]) -> list[dict[str, Any]]:

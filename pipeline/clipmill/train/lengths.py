@@ -24,11 +24,20 @@ def longest_s(network: Tagger, features: FrontEnd) -> float:
     return seconds
 
 
-def check_heard(network: Tagger, features: FrontEnd, samples: int, what: str) -> None:
-    """Raise TrainError, naming `what`, where a clip of so many samples is longer than the network takes."""
+def check_heard(
+    network: Tagger,
+    features: FrontEnd,
+    samples: int,
+    what: str,
+    mend: str = "--where 'duration_s <= {most:g}' leaves the longer ones out",
+) -> None:
+    """Raise TrainError, naming `what`, where a clip of so many samples is longer than the network takes.
+
+    `mend` says what to do, with `{most}` for the seconds that the network takes.
+    """
     if not hears(network, features, samples):
         most = longest_s(network, features)
         raise TrainError(
             f"{what} is {samples / features.sample_rate:g} s long with its padding, and {network.name} takes clips of "
-            f"up to {most:g} s; --where 'duration_s <= {most:g}' leaves the longer ones out"
+            f"up to {most:g} s; {mend.format(most=most)}"
         )

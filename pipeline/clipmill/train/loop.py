@@ -93,7 +93,7 @@ def plan_run(
     Raises:
         ConfigError: the recipe's model is not known, or `where` cannot be read.
         TrainError: the clips cannot be split, or have fewer than two classes; `init` cannot be read, or
-            nothing of it fits the model.
+            less than half of the model fits.
     """
     if len(shards.labels) < 2:
         raise TrainError(f"{shards.folder}: has {len(shards.labels)} class; a tagger needs at least two")
@@ -122,7 +122,8 @@ def plan_run(
     }
     crop = round(recipe.crop_s * shards.sample_rate)
     learnt_from = crop or int(shards.samples[split.train].max())
-    check_heard(network, features, learnt_from, "the crop" if crop else "the longest clip to train on")
+    what = "the crop" if crop else "the longest clip to train on"
+    check_heard(network, features, learnt_from, what, "--crop-s {most:g} cuts clips to that")
     check_heard(network, features, int(shards.samples[split.held_out].max()), "the longest clip held out")
     unlearnable = [shards.labels[c] for c in np.flatnonzero(shards.targets[split.train].sum(0) == 0)]
     notes = []
