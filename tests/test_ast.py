@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,14 +20,6 @@ IMAGENET_HEADS = 2 * (768 * 1000 + 1000)
 """Parameters of the two heads that the original keeps from ImageNet and never calls."""
 
 WIDTH, HIDDEN, LAYERS = 768, 3072, 12
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

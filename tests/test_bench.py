@@ -6,7 +6,6 @@ import json
 import re
 import time
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -32,14 +31,6 @@ from clipmill_models import (
 CPU = torch.device("cpu")
 MORE_THAN_THERE_IS = 10**16
 """Bytes: beyond what any machine can address."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Listed(nn.Module):

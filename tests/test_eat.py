@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -19,15 +18,6 @@ from clipmill_models.eat import Eat
 from clipmill_models.gmme import Down, GatedMiniPatch
 
 STRIDE = 256  # samples a token of the Speech Commands geometry, the smallest that there is
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # On tensors this small, threads cost more than they bring.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def on_meta(name: str, num_classes: int = 50) -> Eat:

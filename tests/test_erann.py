@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -39,15 +38,6 @@ def on_meta(name: str, num_classes: int = 527, in_bins: int = 128) -> nn.Module:
 def small(name: str = "erann-1-1", num_classes: int = 5, in_bins: int = 32) -> nn.Module:
     torch.manual_seed(0)
     return create_model(name, num_classes=num_classes, in_bins=in_bins)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # On tensors this small, threads cost more than they bring.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # Counts

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,14 +29,6 @@ WITHOUT_LIBRARY = [] if __import__("importlib.util").util.find_spec("transformer
 NAMES = [name for name in list_models() if name not in WITHOUT_LIBRARY]
 PANNS = ("cnn14", "resnet38", "wavegram-logmel-cnn")
 ONE_OF_EACH = sorted({name.partition("-")[0]: name for name in NAMES}.values())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # What the papers print

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -74,14 +73,6 @@ def thin(name: str) -> Tagger:
 def model(request: pytest.FixtureRequest) -> Tagger:
     torch.manual_seed(0)
     return thin(request.param)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def noise(*shape: int) -> Tensor:

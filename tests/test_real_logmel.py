@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,14 +19,6 @@ from clipmill_models.logmel import RealLogMel, mel_filterbank, mirror_ends
 PANNS: dict[str, Any] = {
     "sample_rate": 32000, "n_fft": 1024, "win_length": 1024, "hop": 320, "f_min": 50.0, "f_max": 14000.0, "n_mels": 64,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def noise(*shape: int) -> Tensor:

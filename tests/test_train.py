@@ -45,15 +45,6 @@ TINY = Recipe(
 CLASSES = ("hiss", "hum", "whistle")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small networks on busy machines: two threads spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def sound_of(label: str, seconds: float, seed: int) -> np.ndarray:
     """One clip of a class that cannot be mistaken: noise, a low tone or a high one."""
     rng = np.random.default_rng(seed)

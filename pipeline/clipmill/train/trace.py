@@ -18,8 +18,9 @@ from torch.fx.experimental import _config
 from clipmill.errors import TrainError
 from clipmill.features import FrontEnd
 from clipmill.train.checkpoint import Run
+from clipmill.train.lengths import hears
 from clipmill.train.objective import probabilities
-from clipmill_models import ModelError, Tagger
+from clipmill_models import Tagger
 from clipmill_models.logmel import RealLogMel
 
 EXAMPLE_S = 2.317
@@ -142,12 +143,7 @@ def crop_s(run: Run) -> float:
 
 def takes(run: Run, seconds: float) -> bool:
     """Whether the network takes clips of so many seconds."""
-    try:
-        with torch.no_grad():
-            run.model(run.features(torch.zeros(1, round(seconds * run.sample_rate))))
-    except ModelError:
-        return False
-    return True
+    return hears(run.model, run.features, round(seconds * run.sample_rate))
 
 
 def _example(run: Run, inside: bool) -> Tensor:

@@ -71,8 +71,7 @@ def model_of(source: Path) -> str | None:
         return read_config(source).get("model") if (source / CONFIG).is_file() else None
     if source.suffix != ".safetensors" or not source.is_file():
         return None
-    _, _, said = _safetensors(source)
-    return said.get("model")
+    return _safetensors(source, with_tensors=False)[1].get("model")
 
 
 def read_weights(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -97,7 +96,8 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise TrainError(f"{path}: is not there; {ALLOWED}")
     if path.suffix == ".safetensors":
-        state, weights, said = _safetensors(path)
+        state, said = _safetensors(path)
+        weights = "all"
         about = about or {name: said[name] for name in ("labels", "loss") if name in said}
     elif path.suffix in TORCH_SUFFIXES:
         state, weights = _torch(path)
@@ -122,21 +122,22 @@ def _of_run(folder: Path) -> tuple[Path, dict[str, Any]]:
     return path, {name: config[name] for name in ("labels", "loss") if name in config}
 
 
-def _safetensors(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
-    """Tensors, which they are, and labels, loss and model where `pipeline export` wrote the file."""
+def _safetensors(path: Path, *, with_tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, and labels, loss and model where `pipeline export` wrote the file."""
     try:
         with safe_open(path, framework="pt") as file:
             said = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            names = list(file.keys()) if with_tensors else []
+            state = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise TrainError(f"{path}: cannot be read as safetensors ({error})") from error
     about = ("labels", "loss", "model")
     if not said.keys() >= set(about):
-        return state, "all", {}
+        return state, {}
     try:
-        return state, "all", {name: json.loads(said[name]) for name in about}
+        return state, {name: json.loads(said[name]) for name in about}
     except ValueError:
-        return state, "all", {}
+        return state, {}
 
 
 class _Skipped:
