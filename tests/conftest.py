@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Tests run side by side: two networks with two threads each on two cores would mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,6 +50,68 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"needs the real clips, and {SHARED} is not there"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Copies and indexes of shards that are far, or others', go to where pytest keeps its files."""
+    os.environ["CLIPMILL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket of a real S3 service on this machine, and the folder `set` in it."""
+
+    name: str
+    client: Any
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.name}/set"
+
+    def put(self, key: str, body: bytes) -> None:
+        self.client.put_object(Bucket=self.name, Key=f"set/{key}", Body=body)
+
+    def fill(self, folder: Path) -> str:
+        """Copy the files of a folder to `set`; returns its URL."""
+        for path in folder.iterdir():
+            self.put(path.name, path.read_bytes())
+        return self.url
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[tuple[str, Any]]:
+    """An S3 service's address, and a client of it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    address = f"http://{host}:{port}"
+    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+    yield address, boto3.client("s3", endpoint_url=address, **keys)
+    server.stop()
+
+
+@pytest.fixture
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+
+
+@pytest.fixture
+def bucket(s3: tuple[str, Any], credentials: None, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """An empty bucket, which s3:// leads to by the environment."""
+    address, client = s3
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    name = f"bucket-{uuid.uuid4().hex}"
+    client.create_bucket(Bucket=name)
+    return Bucket(name, client)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -21,9 +21,9 @@ SOURCE = REPO / "pipeline" / "clipmill"
 LAYERS = (
     {"errors", "types"},
     {"tables", "audio", "run", "sources"},
-    {"features", "augment"},
+    {"features", "augment", "stores"},
     {"shards", "datasets"},
-    {"fetch"},
+    {"loader", "fetch"},
     {"train"},
     {"report"},
     {"cli"},

@@ -82,7 +82,7 @@ def test_other_clips_are_scored_when_asked_for(trained, where):
 
 def test_a_clips_scores_do_not_depend_on_what_it_is_scored_with(trained, where):
     shards = Shards.open(where)
-    together, _ = score_clips(trained.model, trained.features, shards, "softmax", CPU)
+    together = score_clips(trained.model, trained.features, shards, "softmax", CPU).scores
     with torch.inference_mode():
         for row in range(0, len(shards), 5):
             wave = to_float(torch.from_numpy(shards.read(row)))[None]

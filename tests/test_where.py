@@ -348,7 +348,7 @@ def test_a_filter_moves_no_clip_from_one_side_to_the_other():
         90, labels=[["hum"]] * 90, split=["all"] * 90, fold=[None] * 90,
         group=[f"speaker-{n % 30}" for n in range(90)], duration_s=[float(n % 7) for n in range(90)],
     )  # fmt: skip
-    shards = Shards(Path("x"), {"labels": ["hum"]}, index)
+    shards = Shards.of(Path("x"), {"labels": ["hum"]}, index)
     whole, thinned = choose_split(shards, None, 0), choose_split(shards, None, 0, where="duration_s > 2")
     assert 0 < len(thinned.held_out) < len(whole.held_out)
     assert set(thinned.held_out) <= set(whole.held_out)
@@ -359,7 +359,7 @@ def test_groups_that_the_filter_keeps_from_meeting_are_no_leak():
     index = index_of(
         3, labels=[["hum"]] * 3, split=["all"] * 3, fold=[1, 2, 2], group=["ann", "ann", "bob"], silent=[0.0, 1.0, 0.0]
     )  # fmt: skip
-    shards = Shards(Path("x"), {"labels": ["hum"]}, index)
+    shards = Shards.of(Path("x"), {"labels": ["hum"]}, index)
     with pytest.raises(TrainError, match="both in training"):
         choose_split(shards, 1, 0)
     assert choose_split(shards, 1, 0, where="silent < 0.5").train.tolist() == [2]

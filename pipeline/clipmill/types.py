@@ -18,6 +18,21 @@ TRAIN_SPLITS = ("train", "balanced_train", "unbalanced_train")
 SPLITS = (*TRAIN_SPLITS, "valid", "eval", "noise", NO_SPLIT)
 """Every value a clip's split may have; `noise` is background sound to mix in, neither trained on nor scored."""
 
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "dev": "train", "development": "train",
+    "valid": "valid", "validation": "valid", "val": "valid",
+    "eval": "eval", "evaluation": "eval", "test": "eval", "testing": "eval",
+    NO_SPLIT: NO_SPLIT,
+}  # fmt: skip
+"""What others call their splits, in lower case -> what they are called here."""
+
+SOUND_SUFFIXES = frozenset({
+    ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".au", ".avi", ".caf", ".flac", ".m4a", ".mka",
+    ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".mpc", ".oga", ".ogg", ".opus", ".rf64", ".snd", ".spx", ".tta", ".w64",
+    ".wav", ".wave", ".webm", ".wma", ".wv",
+})  # fmt: skip
+"""Endings of files that hold sound, in lower case."""
+
 REASONS = {
     # of the source itself, wherever it came from
     "missing": "the source is not there",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from clipmill.audio.cut import CUT_SUFFIXES, Cut, cut
 from clipmill.audio.decode import DECODERS, decode
 from clipmill.audio.encode import ENCODINGS, SUFFIXES, codec_versions, decode_bytes, encode
 from clipmill.audio.measure import measure
+from clipmill.audio.stored import decode_flac_into
 from clipmill.errors import DecodeError
 
 __all__ = [
@@ -28,9 +30,11 @@ __all__ = [
     "cut",
     "decode",
     "decode_bytes",
+    "decode_flac_into",
     "encode",
     "measure",
     "pad_to_seconds",
+    "prepare_bytes",
     "prepare_clip",
     "prepare_file",
     "resample",
@@ -81,3 +85,15 @@ def prepare_file(path: Path | str, rate: int) -> NDArray[np.int16]:
         DecodeError: the file cannot be decoded; carries the reason code.
     """
     return prepare_clip(Path(path), rate).samples
+
+
+def prepare_bytes(data: bytes, rate: int) -> NDArray[np.int16]:
+    """The bytes of a whole sound file as the int16 mono `[samples]` that its shard would hold.
+
+    Raises:
+        DecodeError: they cannot be decoded; carries the reason code.
+    """
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        return prepare_file(file.name, rate)

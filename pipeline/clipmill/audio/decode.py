@@ -12,6 +12,7 @@ import io
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -600,7 +601,13 @@ def _one_line(error: BaseException, path: Path) -> str:
 
 @contextmanager
 def _silenced_stderr() -> Iterator[None]:
-    """libmpg123, inside libsndfile, prints warnings straight to file descriptor 2."""
+    """libmpg123, inside libsndfile, prints warnings straight to file descriptor 2.
+
+    That is the whole process's: a thread beside the main one lets them through, lest it swallows what others say.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,6 +18,7 @@ def command() -> None:
     Example:
       pipeline bench models
       pipeline bench models --model erann-1-6,cnn14 --batch 1,32 --dtype bf16 --compile
+      pipeline bench loader SHARDS
     """
 
 
@@ -148,3 +150,122 @@ def _show(report: dict[str, Any]) -> None:
 
 def _column(report: dict[str, Any], field: str, shape: str, unit: float = 1) -> list[str | None]:
     return [None if row[field] is None else shape.format(row[field] / unit) for row in report["rows"]]
+
+
+@command.command("loader")
+@click.argument("where", nargs=-1, required=True, metavar="SHARDS...")
+@click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Clips in a batch.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="For so long batches are taken, after the first.",
+)
+@click.option(
+    "--clips",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Take batches of this many clips, after the first, instead of for --seconds.",
+)
+@click.option(
+    "--crop-s",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Seconds cut from each clip at a random place; 0: whole clips.",
+)
+@click.option(
+    "--sampling",
+    type=click.Choice(["shuffled", "balanced", "weighted", "sequential"]),
+    default="shuffled",
+    show_default=True,
+    help="Which clips come in which order.",
+)
+@click.option(
+    "--access",
+    type=click.Choice(["random", "stream"]),
+    default="random",
+    show_default=True,
+    help="random: any clip, exactly; stream: whole tars in turn, for stores where each read is dear.",
+)
+@console.reading_options
+@console.device_option
+@console.json_option
+def loader_command(
+    where: tuple[str, ...], batch: int, seconds: float, clips: int | None, crop_s: float, sampling: str, access: str,
+    workers: int | None, max_bad: float, check: bool, cache: Path | None, read_timeout: float, device: str,
+    as_json: bool,
+) -> int:  # fmt: skip
+    """Time how fast batches of clips come to the device, and say what bounds that.
+
+    SHARDS are what `pipeline train` takes: folders, shards or ranges, here or at URLs, ours or
+    others'. First the loader runs as it does in training. Then decoding, reading and copying
+    are each timed alone, with as many threads and clips of the same run: the floors. The
+    slowest of them bounds the loader, or the loader itself does. Without --workers there is
+    one thread for each core, 8 at most.
+
+    \b
+    Example:
+      pipeline bench loader data/esc10/shards/webdataset-flac-44100
+      pipeline bench loader SHARDS --crop-s 5 --sampling balanced --workers 4 --seconds 30
+      pipeline bench loader s3://bucket/audioset --access stream --clips 2000 --json
+    """
+    from clipmill.loader import Feed
+    from clipmill.loader.bench import LoaderSettings, bench_loader, default_workers
+    from clipmill.train.device import pick_device
+
+    place = pick_device(device)
+    feed = Feed(default_workers() if workers is None else workers, access, max_bad=max_bad, check=check)
+    settings = LoaderSettings(where, batch, seconds, clips or 0, crop_s, sampling, feed, cache, read_timeout)
+    report = bench_loader(settings, place, opened=console.say_of, say=console.say)
+    if as_json:
+        console.print_json(report)
+        return DONE
+    _show_loader(report)
+    return DONE
+
+
+def _show_loader(report: dict[str, Any]) -> None:
+    crop = f"crops of {report['crop_s']:g} s" if report["crop_s"] else "whole clips"
+    order = report["sampling"] if report["access"] == "random" else "streamed"
+    workers = f"{report['workers']} thread{'s' * (report['workers'] != 1)} of {report['cores']} cores"
+    how = f"{order}, {crop}, batches of {report['batch']}, {workers}, {report['device']}"
+    bad = ", ".join(f"{count} {reason}" for reason, count in sorted(report["bad_reasons"].items()))
+    rows = [
+        ("clips/s", f"{report['clips_per_s']:.1f}"),
+        ("x real time", f"{report['times_real_time']:.0f}"),
+        ("read", _mb(report["read_mb_per_s"])),
+        ("int16", _mb(report["delivered_mb_per_s"])),
+        ("CPU ms per clip", f"{report['cpu_ms_per_clip']:.2f}"),
+        ("s to open", f"{report['open_s']:.3f}"),
+        ("s to first batch", f"{report['first_batch_s']:.3f}"),
+        ("memory", f"{console.size(report['memory_bytes'])}, {_grown(report['memory_growth_bytes'])} since the "
+                   f"first batch, {console.size(report['peak_memory_bytes'])} at most"),
+        ("bad clips", f"{report['bad_clips']}{f' ({bad})' if bad else ''}"),
+        *((_FLOORS[name][0], f"{floor['clips_per_s']:.1f} clips/s, {_mb(floor['mb_per_s'])}, CPU "
+                             f"{floor['cpu_ms_per_clip']:.2f} ms per clip; {_FLOORS[name][1]}")
+          for name, floor in sorted(report["floors"].items())),
+    ]  # fmt: skip
+    click.echo(f"{report['clips']} clips in {report['seconds']:.2f} s: {how}")
+    for name, found in rows:
+        click.echo(f"  {name:<18}{found}")
+    click.echo(report["bound"])
+    if report["advice"]:
+        click.echo(report["advice"])
+
+
+_FLOORS = {
+    "decode": ("decoding alone", "from memory"),
+    "store": ("reading alone", "from the page cache, the disk or afar, as they come"),
+    "device": ("copying alone", "pinned memory to the device"),
+}
+"""What each floor is called, and where its bytes come from."""
+
+
+def _mb(rate: float | None) -> str:
+    return "the HDF5 library does not say how many MB/s" if rate is None else f"{rate:.1f} MB/s"
+
+
+def _grown(count: int) -> str:
+    return f"{'-' if count < 0 else '+'}{console.size(abs(count))}"

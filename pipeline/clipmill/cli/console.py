@@ -9,11 +9,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from clipmill.types import REASONS, Failure
+
+if TYPE_CHECKING:
+    from clipmill.shards.read import Shards
 
 PLAIN_EVERY_S = 10.0
 
@@ -88,6 +91,36 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(function)
 
 
+def shards_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The --shards flag of what reads clips, once or more; its argument is `where`."""
+    return click.option(
+        "--shards",
+        "where",
+        required=True,
+        multiple=True,
+        metavar="SHARDS",
+        help="Folder of shards, one shard, or a range; here or at a URL; may be given again.",
+    )(function)
+
+
+def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags of what reads many clips: how, and what becomes of those that cannot be read."""
+    for option in reversed((
+        click.option("--workers", type=click.IntRange(min=0), default=None,
+                     help="Threads that read ahead.  [default: by device]"),
+        click.option("--max-bad", type=click.FloatRange(0, 1), default=0.01, show_default=True,
+                     help="Share of the clips that may be unreadable; more is an error."),
+        click.option("--check-hashes", "check", is_flag=True,
+                     help="Compare each clip's samples with the sha256 in the index."),
+        click.option("--cache", type=click.Path(path_type=Path, file_okay=False), default=None,
+                     help="Folder that keeps what is read of shards at a URL."),
+        click.option("--read-timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True,
+                     help="Seconds for a clip of shards at a URL, all tries together."),
+    )):  # fmt: skip
+        function = option(function)
+    return function
+
+
 def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """The --device flag."""
     return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")(
@@ -113,8 +146,16 @@ def say(text: str = "") -> None:
 
 def say_unfinished(info: dict[str, Any]) -> None:
     """Warn where a job has not built all shards that dataset.json's contents speak of."""
-    if info["stopped"]:
+    if info.get("stopped"):
         say(f"note: not all shards of {info['name']} are built: {info['stopped']}; `pipeline shard` goes on")
+
+
+def say_of(shards: Shards) -> None:
+    """What a person should know of shards before they are used."""
+    for part in shards.sets:
+        say_unfinished(part.info)
+    for note in shards.notes:
+        say(note)
 
 
 def say_losses(losses: Sequence[Failure], examples: int = 3, print_line: Callable[[str], None] = say) -> None:

@@ -12,9 +12,7 @@ from clipmill.cli import DONE, console
 
 @click.command("evaluate")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--shards", "where", required=True, metavar="SHARDS", help="Folder of shards, one shard, or a range."
-)
+@console.shards_option
 @click.option(
     "--fold", type=int, default=None, help="Score this fold.  [default: the clips that the run held out]"
 )
@@ -29,22 +27,21 @@ from clipmill.cli import DONE, console
 )
 @console.weights_option
 @console.device_option
-@click.option(
-    "--workers",
-    type=click.IntRange(min=0),
-    default=None,
-    help="Processes that read ahead.  [default: by device]",
-)
+@console.reading_options
 @console.json_option
 def command(
     run: Path,
-    where: str,
+    where: tuple[str, ...],
     fold: int | None,
     split: str | None,
     keep: str | None,
     weights: str,
     device: str,
     workers: int | None,
+    max_bad: float,
+    check: bool,
+    cache: Path | None,
+    read_timeout: float,
     as_json: bool,
 ) -> int:
     """Score a trained run on whole clips: accuracy, mAP, AUC, F1, each class, and what is confused.
@@ -55,6 +52,7 @@ def command(
       pipeline evaluate runs/x --shards SHARDS --split eval --weights last --json
       pipeline evaluate runs/x --shards SHARDS --where "clipped == 0"
     """  # fmt: skip
+    from clipmill.loader import Feed
     from clipmill.shards.read import Shards
     from clipmill.train.checkpoint import read_run
     from clipmill.train.device import default_workers, pick_device
@@ -62,14 +60,16 @@ def command(
 
     place = pick_device(device)
     trained = read_run(run, place, weights)
-    shards = Shards.open(where)
-    console.say_unfinished(shards.info)
+    shards = Shards.open(where, cache=cache, settings={"timeout_s": read_timeout})
+    console.say_of(shards)
     clips = len(choose_clips(trained, shards, fold, split, keep)[0])
     with console.progress("scoring", clips, "clips") as update:
-        workers = default_workers(place) if workers is None else workers
+        workers = default_workers(place, far=shards.far) if workers is None else workers
+        feed = Feed(workers, max_bad=max_bad, check=check)
         figures = evaluate_run(
-            trained, shards, place, fold=fold, split=split, where=keep, workers=workers, update=update
-        )
+            trained, shards, place, fold=fold, split=split, where=keep, feed=feed, update=update,
+            tell=lambda bad: console.say(str(bad)),
+        )  # fmt: skip
     if as_json:
         console.print_json(figures)
     else:
@@ -82,7 +82,7 @@ def _print(figures: dict[str, Any]) -> None:
     what = (
         f"{figures['model']}, {figures['weights']} weights, on {figures['scored']} ({figures['clips']} clips)"
     )
-    click.echo(what)
+    click.echo(what + (f"; {figures['unread']} more could not be read" if figures["unread"] else ""))
     console.print_table("", ("figure", "value"), [(n, _number(figures[n])) for n in names])
     if left_out := figures["classes_left_out"]:
         click.echo(f"left out of map and auc, without clips on both sides: {', '.join(left_out)}")

@@ -13,6 +13,15 @@ import click
 from clipmill.cli import DONE, INTERRUPTED, console
 
 
+def _weights(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[float, ...] | None:
+    try:
+        return None if value is None else tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: allowed are numbers with commas between, such as 3,1") from None
+
+
 def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """One flag for each field of a recipe, by its name; None leaves the recipe's own value."""
     options = [
@@ -22,6 +31,11 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--batch-size", type=int, help="Clips in each step."),
         click.option("--learning-rate", type=float, help="Adam's; the highest one with one-cycle."),
         click.option("--schedule", type=click.Choice(["constant", "one-cycle"]), help="Of the learning rate."),
+        click.option(
+            "--sampling",
+            type=click.Choice(["shuffled", "balanced", "weighted", "sequential"]),
+            help="Every clip once an epoch; every class as often (PANNs); rare classes more often (AST); as they lie.",
+        ),
         click.option("--crop-s", type=float, help="Seconds cut from each clip at a random place; 0: whole clips."),
         click.option("--mixup", type=click.Choice(["none", "standard", "between-class"]), help="How clips are mixed."),
         click.option("--specaugment/--no-specaugment", default=None, help="Mask stripes of the log-mel."),
@@ -40,9 +54,7 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command("train")
-@click.option(
-    "--shards", "where", required=True, metavar="SHARDS", help="Folder of shards, one shard, or a range."
-)
+@console.shards_option
 @click.option(
     "--fold", type=int, default=None, help="Fold to hold out.  [default: the dataset's split, or lowest fold]"
 )
@@ -64,11 +76,29 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is random."
 )
+@console.reading_options
 @click.option(
-    "--workers",
-    type=click.IntRange(min=0),
-    default=None,
-    help="Processes that read ahead.  [default: by device]",
+    "--set-weights",
+    metavar="W,W,...",
+    callback=_weights,
+    help="Share of the clips from each --shards, such as 3,1.  [default: all clips as one set]",
+)
+@click.option(
+    "--access",
+    type=click.Choice(["random", "stream"]),
+    default="random",
+    show_default=True,
+    help="random: any clip, exactly; stream: whole tars in turn, for stores where each read is dear.",
+)
+@click.option(
+    "--buffer",
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    help="Clips that --access stream shuffles among.",
+)
+@click.option(
+    "--log-batches", is_flag=True, help="Write hashes of each step's clips and samples to batches.jsonl."
 )
 @click.option(
     "--save-every",
@@ -85,7 +115,7 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--allow-leak", is_flag=True, help="Let a group stand on both sides of the split.")
 @_recipe_options
 def command(
-    where: str,
+    where: tuple[str, ...],
     fold: int | None,
     out: Path | None,
     init: Path | None,
@@ -93,6 +123,14 @@ def command(
     device: str,
     seed: int,
     workers: int | None,
+    max_bad: float,
+    check: bool,
+    cache: Path | None,
+    read_timeout: float,
+    set_weights: tuple[float, ...] | None,
+    access: str,
+    buffer: int,
+    log_batches: bool,
     save_every: int | None,
     keep: str | None,
     allow_leak: bool,
@@ -101,9 +139,11 @@ def command(
 ) -> int:
     """Train a tagger on shards and evaluate it on the clips held out.
 
-    SHARDS is a folder, a shard, or a range such as a/b-{000000..000012}.tar. The recipe
-    follows from the dataset and the device; any part of it can be changed by a flag.
-    Interrupted or killed, the same command with --resume goes on.
+    SHARDS is a folder, a shard, or a range such as a/b-{000000..000012}.tar, here or at a URL
+    such as s3://bucket/folder; ours, or tars and HDF5 files that others made. Given several
+    times, all are one collection, or are mixed by --set-weights. The recipe follows from the
+    dataset and the device; any part of it can be changed by a flag. Interrupted or killed,
+    the same command with --resume goes on.
 
     \b
     Example:
@@ -112,7 +152,10 @@ def command(
       pipeline train --shards SHARDS --fold 1 --out runs/x --resume
       pipeline train --shards SHARDS --fold 1 --init runs/audioset --learning-rate 1e-4 --steps 2000
       pipeline train --shards SHARDS --fold 1 --where "silent < 0.9 and duration_s >= 1"
+      pipeline train --shards s3://bucket/audioset --cache /scratch/cache --sampling balanced --workers 8
+      pipeline train --shards A --shards B --set-weights 3,1 --fold 1
     """  # fmt: skip
+    from clipmill.loader import Feed
     from clipmill.shards.read import Shards
     from clipmill.train.device import default_workers, pick_device
     from clipmill.train.loop import plan_run, train
@@ -120,12 +163,18 @@ def command(
     from clipmill.train.transfer import model_of
 
     place = pick_device(device)
-    shards = Shards.open(where)
-    console.say_unfinished(shards.info)
+    shards = Shards.open(where, cache=cache, settings={"timeout_s": read_timeout})
+    console.say_of(shards)
+    feed = Feed(
+        default_workers(place, far=shards.far) if workers is None else workers, access, buffer, max_bad, check
+    )
     if init is not None and fields["model"] is None:
         fields["model"] = model_of(init)
     recipe, why = choose_recipe(shards.name, place.type, recipe_name, **fields)
-    plan = plan_run(shards, recipe, place, fold=fold, seed=seed, allow_leak=allow_leak, where=keep, init=init)
+    plan = plan_run(
+        shards, recipe, place, fold=fold, seed=seed, allow_leak=allow_leak, where=keep, init=init, feed=feed,
+        set_weights=set_weights,
+    )  # fmt: skip
     folder = out or plan.default_out
     console.say(f"{why}\n  {describe(recipe)}, {plan.config['loss']}, on {place}")
     for note in plan.notes:
@@ -135,7 +184,7 @@ def command(
             plan,
             folder,
             resume=resume,
-            workers=default_workers(place) if workers is None else workers,
+            log_batches=log_batches,
             save_every=save_every,
             say=console.say,
             update=update,

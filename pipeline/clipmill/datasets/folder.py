@@ -17,16 +17,9 @@ from clipmill import tables
 from clipmill.datasets import Prepared, option
 from clipmill.datasets.folds import check_groups
 from clipmill.datasets.keys import keys_for
-from clipmill.datasets.labels import SPLIT_NAMES, Columns, Row, read_labels
+from clipmill.datasets.labels import Columns, Row, read_labels
 from clipmill.errors import ConfigError, FetchError, TableError
-from clipmill.types import NO_SPLIT, Failure
-
-SOUND_SUFFIXES = frozenset({
-    ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".au", ".avi", ".caf", ".flac", ".m4a", ".mka",
-    ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".mpc", ".oga", ".ogg", ".opus", ".rf64", ".snd", ".spx", ".tta", ".w64",
-    ".wav", ".wave", ".webm", ".wma", ".wv",
-})  # fmt: skip
-"""Files so named are clips whatever their bytes; others too, unless their bytes are plain text."""
+from clipmill.types import NO_SPLIT, SOUND_SUFFIXES, SPLIT_NAMES, Failure
 
 
 @dataclass(frozen=True)

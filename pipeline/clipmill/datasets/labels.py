@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmill.errors import ConfigError, TableError
-
-SPLIT_NAMES = {
-    "train": "train", "training": "train", "dev": "train", "development": "train",
-    "valid": "valid", "validation": "valid", "val": "valid",
-    "eval": "eval", "evaluation": "eval", "test": "eval", "testing": "eval",
-    "all": "all",
-}  # fmt: skip
-"""What labels files call their splits -> what clipmill calls them."""
+from clipmill.types import SPLIT_NAMES
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clipmill.datasets.folder import SOUND_SUFFIXES
 from clipmill.errors import FetchError
 from clipmill.fetch.others import dataset_of
 from clipmill.sources import row_parts, tar_part
+from clipmill.types import SOUND_SUFFIXES
 
 NAMES = "ID.ext, YID.ext, ID_START.ext, ID_START_END.ext (s or ms), 'Title [ID].ext', Title-ID.ext, KEY.ext"
 """The names that are known, for messages; ID is the video's, of 11 characters."""

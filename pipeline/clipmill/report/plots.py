@@ -42,7 +42,7 @@ def plot_shards(where: str | Path, path: Path, seed: int = 0, *, keep: str | Non
     panels: Any = figure.subfigures(2, 1, height_ratios=[3, 2])
     upper, lower = panels
     kept = "" if keep is None else f" where {keep}"
-    upper.suptitle(f"{shards.name}: {len(shards)} clips in {shards.folder}{kept}", fontsize=13, color=_INK)
+    upper.suptitle(f"{shards.name}: {len(shards)} clips in {shards.place}{kept}", fontsize=13, color=_INK)
     axes = upper.subplots(3, 4).ravel()
     for axis in axes:
         axis.set_axis_off()

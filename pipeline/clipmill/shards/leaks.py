@@ -70,7 +70,7 @@ class Collection:
             twice += len(shards.files) - len(files)
             seen.update((folder, name) for name in files)
             index = shards.index.filter(pc.is_in(shards.index["shard"], pa.array(files, pa.string())))
-            parts.append(Shards(shards.folder, shards.info, index, files))
+            parts.append(Shards.of(shards.folder, shards.info, index, files))
         return cls(parts, pa.concat_tables([_facts(part) for part in parts]).combine_chunks(), twice)
 
 

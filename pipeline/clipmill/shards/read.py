@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,84 +12,91 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from braceexpand import braceexpand
 from numpy.typing import NDArray
 
-from clipmill import tables
-from clipmill.audio import decode_bytes
-from clipmill.errors import DecodeError, ShardError
-from clipmill.shards.account import DATASET_FILE, INDEX_FILE, read_dataset
-from clipmill.shards.plan import FORMATS, PLAN_FILE
+from clipmill.errors import ShardError
+from clipmill.shards.account import DATASET_FILE
+from clipmill.shards.index import Columns, Index
+from clipmill.shards.locate import open_set
+from clipmill.shards.places import ShardSet
+from clipmill.shards.reader import Reader, Unread
 from clipmill.shards.where import matching
+from clipmill.stores import ReadFailure, open_store
 
 
 class Shards:
-    """Clips in shards, as the index lists them; cheap to pickle, files open on first use in each process.
+    """Clips in one or several sets of shards, as their indexes list them; cheap to pickle, safe for threads.
 
     Attributes:
-        folder: where the shards stand.
-        files: the shards' file names.
-        info: what dataset.json says.
-        index: the rows chosen, with the columns of `tables.INDEX`.
+        sets: where the clips come from.
+        columns: of the index, at the clips chosen.
+        labels: class names of all sets; a class's id is its place.
+        sample_rate: Hz.
     """
 
-    def __init__(
-        self, folder: Path, info: dict[str, Any], index: pa.Table, files: Sequence[str] = ()
-    ) -> None:
-        self.folder, self.info, self.index, self.files = folder, info, index, list(files)
-        self._columns: dict[str, Any] = {}
-        self._files: dict[str, Any] = {}
-        self._pid = os.getpid()
+    def __init__(self, sets: Sequence[ShardSet], rows: NDArray[np.int64] | None = None) -> None:
+        self.sets = tuple(sets)
+        self.columns = Columns([part.index for part in self.sets], rows)
+        self.labels = list(dict.fromkeys(label for part in self.sets for label in part.info["labels"]))
+        self.reader = Reader(self.sets)
+        self._kept: dict[str, NDArray[Any]] = {}
+        self._index: pa.Table | None = None
 
     @classmethod
-    def open(cls, where: str | Path) -> Shards:
-        """Open a folder of shards, one shard, or a brace range such as `a/b-{000000..000012}.tar`.
+    def open(
+        cls,
+        where: str | Path | Sequence[str | Path],
+        *,
+        cache: Path | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> Shards:
+        """Open one set of shards, or several as one.
+
+        A set is a folder of shards, one shard, or a brace range such as `a/b-{000000..000012}.tar`, here or at
+        a URL that fsspec knows (s3://bucket/folder). Shards that others made are indexed first; `notes` says
+        what that came to. `cache` is a folder that keeps what is read of far shards; `settings` are those of
+        `stores.open_store`.
 
         Raises:
-            ShardError: nothing is there, or no index stands beside it.
+            ShardError: nothing is there, a set is not finished, or sets differ in their sample rate.
             TableError: a table there is damaged.
+            ConfigError: the URL is of a kind that fsspec does not know.
         """
-        folder, names = _resolve(str(where))
-        if not (folder / DATASET_FILE).is_file():
-            unfinished = (folder / PLAN_FILE).is_file()
-            why = (
-                "the shard job there has not finished: run it again"
-                if unfinished
-                else "`pipeline shard` makes one"
-            )
-            raise ShardError(f"{folder}: holds no {DATASET_FILE}; {why}")
-        info = read_dataset(folder)
-        if not (folder / INDEX_FILE).is_file():
+        wheres = [where] if isinstance(where, str | Path) else list(where)
+        sets, firsts, chosen = [], 0, []
+        for one in wheres:
+            part, rows = open_set(str(one), cache, settings)
+            sets.append(part)
+            chosen.append(rows + firsts)
+            firsts += part.index.num_rows
+        rates = {part.info["spec"]["sample_rate"]: part.store.place for part in sets}
+        if len(rates) > 1:
+            found = "; ".join(f"{place} at {rate} Hz" for rate, place in rates.items())
             raise ShardError(
-                f"{folder}: its {INDEX_FILE} is missing; `pipeline verify --repair` puts it together"
+                f"{found}: allowed is one rate; `pipeline shard --sample-rate` makes shards of another"
             )
-        index = tables.read_table(folder / INDEX_FILE, tables.INDEX)
-        known = [shard["shard"] for shard in info["shards"]]
-        strange = set(pc.unique(pc.list_flatten(index["labels"])).to_pylist()) - set(info["labels"])
-        if strange:
-            raise ShardError(
-                f"{folder}: index.parquet has the label {min(strange)!r}, which dataset.json does not"
-            )
-        if names is not None:
-            if unknown := sorted(set(names) - set(known)):
-                raise ShardError(
-                    f"{folder / unknown[0]}: is not in the index beside it ({len(known)} shards)"
-                )
-            index = index.filter(pc.is_in(index["shard"], pa.array(names)))
-        return cls(folder, info, index, names or known)
+        every = sum(map(len, chosen)) == firsts
+        return cls(sets, None if every else np.concatenate(chosen))
+
+    @classmethod
+    def of(cls, folder: Path, info: dict[str, Any], index: pa.Table, files: Sequence[str] = ()) -> Shards:
+        """The clips of an index in memory, in a folder of this machine."""
+        return cls([ShardSet(open_store(str(folder)), info, Index(index), tuple(files))])
 
     def __len__(self) -> int:
-        return int(self.index.num_rows)
+        return self.columns.num_rows
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "info": self.info, "index": self.index, "files": self.files}
+        return {"sets": self.sets, "rows": self.columns.rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def take(self, rows: NDArray[np.integer]) -> Shards:
+    def take(self, rows: NDArray[np.integer] | Sequence[int]) -> Shards:
         """The clips at these rows, in this order."""
-        return Shards(self.folder, self.info, self.index.take(pa.array(rows, pa.int64())), self.files)
+        taken = Shards(self.sets, self.columns.take(np.asarray(rows, np.int64)).rows)
+        taken.reader = self.reader  # what it knows of files and places serves both
+        return taken
 
     def where(self, text: str) -> Shards:
         """The clips that fulfil an expression such as `silent < 0.9 and duration_s >= 1`, in the order they have.
@@ -98,38 +105,103 @@ class Shards:
             ConfigError: the expression cannot be read; see `where.matching`.
             ShardError: it keeps none of the clips.
         """
-        index = self.index.filter(matching(self.index, text))
-        if len(self) and not index.num_rows:
+        kept = np.flatnonzero(self.fulfilling(text))
+        if len(self) and not len(kept):
             raise ShardError(
-                f"{self.folder}: --where {text!r} keeps none of {len(self)} clips; "
+                f"{self.place}: --where {text!r} keeps none of {len(self)} clips; "
                 "`pipeline inspect` without it shows what the columns hold"
             )
-        return Shards(self.folder, self.info, index, self.files)
+        return self.take(kept)
+
+    def fulfilling(self, text: str) -> NDArray[np.bool_]:
+        """`[clips]`: whether a clip fulfils an expression; raises ConfigError where that cannot be read."""
+        return np.asarray(matching(self.columns, text))
 
     def light(self) -> Shards:
         """The same clips, knowing of the dataset only what reading them takes: for a worker among thousands."""
-        info = {name: self.info[name] for name in ("name", "labels", "spec")}
-        return Shards(self.folder, info, self.index, self.files[:1])
+        part = self._only
+        info = {name: part.info[name] for name in ("name", "labels", "spec")}
+        return Shards([ShardSet(part.store, info, Index(self.index), part.files[:1])])
+
+    @property
+    def index(self) -> pa.Table:
+        """All columns of the index at the clips chosen; kept once asked for, which of millions is much."""
+        if self._index is None:
+            self._index = self.columns.table()
+        return self._index
+
+    @property
+    def _only(self) -> ShardSet:
+        if len(self.sets) > 1:
+            raise ShardError(f"{self.place}: are {len(self.sets)} sets of shards; allowed is one")
+        return self.sets[0]
+
+    @property
+    def place(self) -> str:
+        """Where the shards stand, for people: folders and URLs."""
+        return ", ".join(part.store.place for part in self.sets)
+
+    @property
+    def far(self) -> bool:
+        """Whether any set is not on this machine."""
+        return not all(part.store.near for part in self.sets)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the only set; raises ShardError where there are several, or where it is far."""
+        part = self._only
+        if not part.store.near:
+            raise ShardError(
+                f"{self.place}: is not on this machine, which this command needs; copy it here first"
+            )
+        return Path(part.store.place)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What dataset.json of the only set says; raises ShardError where there are several, or none of ours."""
+        if "foreign" in self._only.info:
+            raise ShardError(
+                f"{self.place}: has no {DATASET_FILE}, for others made these shards: they can be trained on, scored "
+                "and timed (`pipeline bench loader`), and this command wants what `pipeline shard` makes"
+            )
+        return self._only.info
+
+    @property
+    def files(self) -> list[str]:
+        """The file names of the only set's shards; raises ShardError where there are several."""
+        return list(self._only.files)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of the sets: what was assumed of shards that others made."""
+        return [note for part in self.sets for note in part.info.get("notes", [])]
 
     @property
     def whole(self) -> bool:
         """Whether these are all the shards of the dataset."""
-        return len(self.files) == len(self.info["shards"])
+        return all(len(part.files) == len(part.info["shards"]) for part in self.sets)
 
     @property
     def name(self) -> str:
-        """The dataset's name."""
-        return str(self.info["name"])
+        """The dataset's name; of several sets all of them."""
+        return "+".join(dict.fromkeys(str(part.info["name"]) for part in self.sets))
 
     @property
-    def labels(self) -> list[str]:
-        """Class names; a class's id is its place."""
-        return list(self.info["labels"])
+    def root_sha256(self) -> str:
+        """The hash of all that the shards hold; of several sets that of their hashes."""
+        roots = [part.info["root_sha256"] for part in self.sets]
+        return roots[0] if len(roots) == 1 else hashlib.sha256("".join(roots).encode()).hexdigest()
 
     @property
     def sample_rate(self) -> int:
         """Hz."""
-        return int(self.info["spec"]["sample_rate"])
+        return int(self.sets[0].info["spec"]["sample_rate"])
+
+    @property
+    def set_of(self) -> NDArray[np.int64]:
+        """`[clips]`: which of `sets` a clip is of."""
+        rows = np.arange(len(self)) if self.columns.rows is None else self.columns.rows
+        return np.searchsorted(self.reader.firsts, rows, "right") - 1
 
     @property
     def samples(self) -> NDArray[np.int64]:
@@ -142,29 +214,70 @@ class Shards:
         return self._column("fold", -1).astype(np.int64)
 
     @property
-    def splits(self) -> NDArray[Any]:
-        """`[clips]`: train, valid, eval or all."""
-        return self._column("split")
+    def splits(self) -> list[str]:
+        """Every split that a clip is of: train, valid, eval, all."""
+        return sorted(pc.unique(self.columns["split"]).to_pylist())
+
+    def in_splits(self, *names: str) -> NDArray[np.bool_]:
+        """`[clips]`: whether a clip is of one of these splits."""
+        return pc.is_in(self.columns["split"], pa.array(names)).to_numpy()
 
     @property
-    def groups(self) -> NDArray[Any]:
+    def groups(self) -> pa.ChunkedArray:
         """`[clips]`: what must not straddle folds; the clip's own key where no group is given."""
-        if "groups" not in self._columns:
-            groups = pc.coalesce(self.index["group"], self.index["key"])
-            self._columns["groups"] = groups.to_numpy()
-        return self._columns["groups"]
+        return pc.coalesce(self.columns["group"], self.columns["key"])
+
+    @property
+    def label_counts(self) -> NDArray[np.int64]:
+        """`[clips]`: how many classes each clip has."""
+        return np.diff(self.label_ids[1])
+
+    @property
+    def label_ids(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Class ids `[entries]`, and `[clips + 1]`: clip k has those from the k-th place on, up to the next one's."""
+        if "ids" not in self._kept:
+            ids, firsts = self._all_label_ids()
+            rows = self.columns.rows
+            if rows is not None:
+                ids, counts = _entries_of(ids, firsts, rows)
+                firsts = np.concatenate([[0], np.cumsum(counts)])
+            self._kept["ids"], self._kept["firsts"] = ids, firsts
+        return self._kept["ids"], self._kept["firsts"]
 
     @property
     def targets(self) -> NDArray[np.float32]:
-        """`[clips, classes]`: 1 where a clip has a class, else 0."""
-        if "targets" not in self._columns:
-            labels = self.index["labels"].combine_chunks()
-            rows = pc.list_parent_indices(labels).to_numpy()
-            ids = pc.index_in(pc.list_flatten(labels), pa.array(self.labels, pa.string())).to_numpy()
-            targets = np.zeros((len(self), len(self.labels)), np.float32)
-            targets[rows, ids] = 1.0
-            self._columns["targets"] = targets
-        return self._columns["targets"]
+        """`[clips, classes]`: 1 where a clip has a class, else 0. Of millions of clips take `targets_of` some."""
+        if "targets" not in self._kept:
+            self._kept["targets"] = self.targets_of(np.arange(len(self)))
+        return self._kept["targets"]
+
+    def targets_of(self, rows: NDArray[np.integer]) -> NDArray[np.float32]:
+        """`[rows, classes]`: 1 where a clip has a class, else 0."""
+        ids, counts = _entries_of(*self.label_ids, rows)
+        targets = np.zeros((len(rows), len(self.labels)), np.float32)
+        targets[np.repeat(np.arange(len(rows)), counts), ids] = 1.0
+        return targets
+
+    def keys_of(self, rows: NDArray[np.integer]) -> list[str]:
+        """The clips' keys."""
+        return self.columns.at("key", rows)
+
+    def read_into(
+        self,
+        rows: NDArray[np.integer],
+        out: NDArray[np.int16],
+        starts: NDArray[np.int64] | None = None,
+        *,
+        check: bool = False,
+    ) -> list[Unread]:
+        """Fill `out` `[rows, samples]`; see `Reader.read_into`."""
+        return self.reader.read_into(self.stored(rows), out, starts, check=check)
+
+    def decode_into(
+        self, rows: NDArray[np.integer], files: Sequence[bytes], out: NDArray[np.int16]
+    ) -> list[Unread]:
+        """Fill `out` `[rows, samples]` from sound files that are there already; see `Reader.decode_into`."""
+        return self.reader.decode_into(self.stored(rows), files, out)
 
     def read(self, row: int) -> NDArray[np.int16]:
         """Decode one clip: int16 `[samples]`.
@@ -172,19 +285,12 @@ class Shards:
         Raises:
             ShardError: the shard is missing or damaged there; names the shard and the key.
         """
-        shard, key = self._column("shard")[row], self._column("key")[row]
-        try:
-            samples = self._read_hdf5(shard, row) if shard.endswith(".h5") else self._read_tar(shard, row)
-        except (OSError, KeyError, IndexError, DecodeError) as error:
+        out = np.empty((1, int(self.samples[row])), np.int16)
+        for bad in self.read_into(np.array([row]), out):
             raise ShardError(
-                f"{self.folder / shard}: clip {key} cannot be read ({error}); `pipeline verify` names all damage"
-            ) from error
-        if len(samples) != self.samples[row]:
-            found = f"{len(samples)} samples where the index says {self.samples[row]}"
-            raise ShardError(
-                f"{self.folder / shard}: clip {key} has {found}; `pipeline verify` names all damage"
+                f"{bad.shard}: clip {bad.key} cannot be read ({bad.message}); `pipeline verify` names all damage"
             )
-        return samples
+        return out[0]
 
     def facts(self, row: int) -> dict[str, Any]:
         """What the shard itself says of one clip, beside its samples: a tar's `key.json`, HDF5's `facts`.
@@ -192,62 +298,70 @@ class Shards:
         Raises:
             ShardError: the shard is missing or damaged there; names the shard and the key.
         """
-        shard, key = self._column("shard")[row], self._column("key")[row]
+        shard, key = (self.columns[name][row].as_py() for name in ("shard", "key"))
+        chosen = int(self.stored(np.array([row]))[0])
         try:
             if shard.endswith(".h5"):
-                said = self._open(shard)["facts"][int(self._column("row")[row])]
+                said = self.reader.hdf5_item(chosen, shard, "facts", self.columns["row"][row].as_py())
             else:
                 # The member after the audio, which fills whole blocks: its header, then its bytes.
-                after = int(self._column("offset")[row]) - (-int(self._column("length")[row]) // 512) * 512
-                member = tarfile.TarInfo.frombuf(os.pread(self._open(shard), 512, after), "utf-8", "strict")
-                said = os.pread(self._open(shard), member.size, after + 512)
+                offset, length = (self.columns[name][row].as_py() for name in ("offset", "length"))
+                after = offset - (-length // 512) * 512
+                header = self.reader.bytes_at(chosen, shard, after, 512)
+                size = tarfile.TarInfo.frombuf(header, "utf-8", "strict").size
+                said = self.reader.bytes_at(chosen, shard, after + 512, size)
             facts = json.loads(said)
             if facts["key"] == key:
                 return facts
             error: Exception = KeyError(f"the facts there are those of {facts['key']}")
-        except (OSError, KeyError, IndexError, ValueError, TypeError, tarfile.TarError) as caught:
+        except (
+            OSError,
+            KeyError,
+            IndexError,
+            ValueError,
+            TypeError,
+            tarfile.TarError,
+            ReadFailure,
+        ) as caught:
             error = caught
         raise ShardError(
             f"{self.folder / shard}: the facts of {key} cannot be read ({error}); `pipeline verify` names all damage"
         ) from error
 
-    def _read_tar(self, shard: str, row: int) -> NDArray[np.int16]:
-        offset, length = int(self._column("offset")[row]), int(self._column("length")[row])
-        return decode_bytes(os.pread(self._open(shard), length, offset))[0]
-
-    def _read_hdf5(self, shard: str, row: int) -> NDArray[np.int16]:
-        file = self._open(shard)
-        place = int(self._column("row")[row])
-        if "waveform" in file:
-            return file["waveform"][place]
-        return decode_bytes(file["flac"][place].tobytes())[0]
-
-    def _open(self, shard: str) -> Any:
-        """The shard's file: a descriptor for a tar, an h5py.File for HDF5; one for each process."""
-        if self._pid != os.getpid():  # a forked worker must not share its parent's HDF5 handles
-            self._files, self._pid = {}, os.getpid()
-        if shard not in self._files:
-            path = self.folder / shard
-            if shard.endswith(".h5"):
-                import h5py
-
-                self._files[shard] = h5py.File(path, "r")
-            else:
-                self._files[shard] = os.open(path, os.O_RDONLY)
-        return self._files[shard]
-
     def close(self) -> None:
         """Close the files that this process opened."""
-        if self._pid == os.getpid():
-            for file in self._files.values():
-                os.close(file) if isinstance(file, int) else file.close()
-        self._files = {}
+        self.reader.close()
+
+    def stored(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+        """The rows of these clips in the indexes of all sets together."""
+        chosen = np.asarray(rows, np.int64)
+        return chosen if self.columns.rows is None else self.columns.rows[chosen]
+
+    def _all_label_ids(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """`label_ids` of all clips of all sets."""
+        place = {name: number for number, name in enumerate(self.labels)}
+        parts = [part.index.label_lists() for part in self.sets]
+        ids = [np.array([place[name] for name in names], np.int32)[codes] for codes, _, names in parts]
+        counts = [np.diff(firsts) for _, firsts, _ in parts]
+        return np.concatenate(ids), np.concatenate([[0], np.cumsum(np.concatenate(counts))])
 
     def _column(self, name: str, null: Any = None) -> NDArray[Any]:
-        if name not in self._columns:
-            column = self.index[name] if null is None else pc.fill_null(self.index[name], null)
-            self._columns[name] = column.to_numpy()
-        return self._columns[name]
+        if name not in self._kept:
+            column = self.columns[name] if null is None else pc.fill_null(self.columns[name], null)
+            self._kept[name] = column.to_numpy()
+        return self._kept[name]
+
+
+def _entries_of(
+    ids: NDArray[np.int32], firsts: NDArray[np.int64], rows: NDArray[np.integer]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The entries of these rows of lists end to end, and how many each row has."""
+    begins = firsts[rows]
+    counts = firsts[rows + 1] - begins
+    kind = np.int32 if len(ids) < 1 << 31 else np.int64  # of all clips' entries this is most of the memory
+    places = np.arange(counts.sum(), dtype=kind)
+    places += np.repeat((begins - np.cumsum(counts) + counts).astype(kind), counts)
+    return ids[places], counts
 
 
 def rows_by_value(values: NDArray[Any]) -> dict[Any, NDArray[np.int64]]:
@@ -255,26 +369,3 @@ def rows_by_value(values: NDArray[Any]) -> dict[Any, NDArray[np.int64]]:
     order = np.argsort(values, kind="stable")
     found, firsts = np.unique(values[order], return_index=True)
     return dict(zip(found.tolist(), np.split(order, firsts[1:]), strict=True)) if len(found) else {}
-
-
-def _resolve(where: str) -> tuple[Path, list[str] | None]:
-    """The folder of the shards, and the file names asked for (None: all of them)."""
-    if Path(where).is_dir():
-        return Path(where), None
-    try:
-        paths = [Path(path) for path in braceexpand(where)]
-    except ValueError as error:
-        raise ShardError(f"{where}: {error}; a range looks like name-{{000000..000012}}.tar") from error
-    folders = {path.parent for path in paths}
-    if len(folders) > 1:
-        raise ShardError(f"{where}: names shards in {len(folders)} folders; allowed is one")
-    for path in paths:
-        if not path.is_file():
-            raise ShardError(
-                f"{path}: no such shard; SHARDS is a folder, a shard, or a range like b-{{000000..000012}}.tar"
-            )
-        if path.suffix.lstrip(".") not in FORMATS.values():
-            raise ShardError(
-                f"{path}: is no shard; shards end in {', '.join('.' + e for e in FORMATS.values())}"
-            )
-    return folders.pop(), [path.name for path in paths]

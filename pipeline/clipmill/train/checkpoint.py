@@ -1,7 +1,8 @@
 """What a run leaves on disk, and how it is read again.
 
     config.json        everything that decides the run, and where its clips came from
-    metrics.jsonl      one line each time the loss or the clips held out were measured
+    metrics.jsonl      one line each time the loss or the clips held out were measured, or a clip could not be read
+    batches.jsonl      what each step saw, as hashes, where that was asked for
     last.pt            training state: weights, their average, Adam's moments, the step
     best.safetensors   the averaged weights that did best on the clips held out
     events.out.*       the same figures for TensorBoard
@@ -29,6 +30,7 @@ from clipmill.features import FrontEnd
 from clipmill_models import ModelError, Tagger, create_model
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pt", "best.safetensors"
+BATCHES = "batches.jsonl"
 
 FREE = frozenset({
     *("shards", "device", "workers", "versions", "allow_leak", "recipe.name", "recipe.model"),
@@ -187,11 +189,12 @@ def _best(folder: Path) -> dict[str, Tensor]:
         raise TrainError(f"{path}: cannot be read ({error}); --weights last may still do") from error
 
 
-def keep_metrics_until(out: Path, step: int) -> None:
-    """Drop metrics.jsonl's lines of later steps, and a half-written last one: they will be made again."""
-    path = out / METRICS
+def keep_lines_until(path: Path, step: int) -> None:
+    """Drop the lines of later steps, and a half-written last one, from a file of them: they will be made again."""
+    if not path.exists():
+        return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except ValueError:

@@ -33,6 +33,10 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def default_workers(device: torch.device) -> int:
-    """Processes that read ahead: on a CPU none, for the network needs every core and clips decode in no time."""
-    return 0 if device.type == "cpu" else min(8, max(1, len(os.sched_getaffinity(0)) - 1))
+def default_workers(device: torch.device, *, far: bool = False) -> int:
+    """Threads that read ahead: on a CPU none, for the network needs every core and clips decode in no time.
+
+    `far`: some shards are not on this machine, so that reading is mostly waiting.
+    """
+    cores = len(os.sched_getaffinity(0))
+    return (4 if far else 0) if device.type == "cpu" else min(8, max(4 if far else 1, cores - 1))

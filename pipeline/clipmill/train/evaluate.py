@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,33 @@ from torch import nn
 
 from clipmill.augment import to_float
 from clipmill.errors import TrainError
+from clipmill.loader import Bad, Feed, WholeClips
 from clipmill.shards.read import Shards
-from clipmill.train.batches import WholeClipBatches, stream
 from clipmill.train.checkpoint import Run
 from clipmill.train.device import SECONDS_AT_ONCE
 from clipmill.train.lengths import check_heard
 from clipmill.train.metrics import confusions, main_figure, measure_scores
 from clipmill.train.objective import clip_loss, probabilities
-from clipmill.train.split import fulfilling, held_out_again, labelled
+from clipmill.train.split import held_out_again, labelled
 
 Update = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a network makes of clips.
+
+    Attributes:
+        rows: int64 `[scored]`, the clips that could be read, in the order of the shards.
+        scores: float32 `[scored, classes]`, probabilities.
+        loss: the mean of a clip.
+        unread: the clips that could not be read.
+    """
+
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    loss: float
+    unread: list[Bad]
 
 
 @torch.inference_mode()
@@ -31,33 +49,41 @@ def score_clips(
     shards: Shards,
     loss: str,
     device: torch.device,
-    workers: int = 0,
+    feed: Feed = Feed(),  # noqa: B008 - frozen
     update: Update = lambda done, facts: None,
-) -> tuple[NDArray[np.float32], float]:
-    """Probabilities `[clips, classes]` of whole clips, in the order of `shards`, and the mean loss of a clip.
+    tell: Callable[[Bad], None] = lambda bad: None,
+) -> Scored:
+    """Score whole clips; `tell` hears of each that cannot be read.
 
     Clips of one length are scored together, so that none is padded for another's sake.
     `model` must be in evaluation mode.
 
     Raises:
-        ShardError: a clip cannot be read.
+        ShardError: more clips than `feed.max_bad` allows cannot be read.
         TrainError: the network's answers are not finite.
     """
-    batches = WholeClipBatches(shards, SECONDS_AT_ONCE[device.type] * shards.sample_rate)
-    scores = np.empty(shards.targets.shape, np.float32)
+    most = SECONDS_AT_ONCE[device.type] * shards.sample_rate
+    clips = WholeClips(
+        shards, most, workers=feed.workers, device=device, max_bad=feed.max_bad, check=feed.check, tell=tell
+    )
+    rows: list[NDArray[np.int64]] = []
+    found: list[NDArray[np.float32]] = []
     total, done = 0.0, 0
-    for batch in stream(batches, range(len(batches)), workers, pin=device.type == "cuda"):
-        waves = batch.waves.to(device, non_blocking=True)
-        logits = model(features(to_float(waves))).float()
-        scores[batch.rows.numpy()] = probabilities(logits, loss).cpu().numpy()
-        total += float(clip_loss(logits, batch.targets.to(device), loss)) * len(batch.rows)
+    for batch in clips.batches():
+        logits = model(features(to_float(batch.waves))).float()
+        rows.append(batch.rows.numpy())
+        found.append(probabilities(logits, loss).cpu().numpy())
+        total += float(clip_loss(logits, batch.targets, loss)) * len(batch.rows)
         done += len(batch.rows)
         update(done, "")
+    scores = np.concatenate(found)
     if not np.isfinite(scores).all():
         raise TrainError(
             "the network answers NaN: its training has diverged; begin again with a lower --learning-rate"
         )
-    return scores, total / len(shards)
+    scored = np.concatenate(rows)
+    order = np.argsort(scored)
+    return Scored(scored[order], scores[order], total / done, clips.damage.found)
 
 
 def evaluate_run(
@@ -68,32 +94,36 @@ def evaluate_run(
     fold: int | None = None,
     split: str | None = None,
     where: str | None = None,
-    workers: int = 0,
+    feed: Feed = Feed(),  # noqa: B008 - frozen
     update: Update = lambda done, facts: None,
+    tell: Callable[[Bad], None] = lambda bad: None,
 ) -> dict[str, Any]:
     """Every figure of `measure_scores` for the clips chosen, with `confusions`, `loss` and what was scored.
 
     The clips are those that the run held out, or those of `fold` and `split` (both: those of both).
     `where` is an expression as `Shards.where` takes it, and leaves only the clips that fulfil it; without
-    it, those held out are the ones that fulfil the run's own.
+    it, those held out are the ones that fulfil the run's own. `unread` in what comes back counts the clips
+    that could not be read, which no figure is of; `tell` hears of each.
 
     Raises:
         ConfigError: `where` cannot be read.
+        ShardError: more clips than `feed.max_bad` allows cannot be read.
         TrainError: the shards do not fit the run, no clip is chosen, or one is longer than the network takes.
     """
     check_fit(run, shards)
     rows, what = choose_clips(run, shards, fold, split, where)
     chosen = shards.take(rows)
     check_heard(run.model, run.features, int(chosen.samples.max()), f"the longest clip of {what}")
-    scores, mean_loss = score_clips(run.model, run.features, chosen, run.loss, device, workers, update)
-    figures = measure_scores(chosen.targets, scores, run.labels, run.loss)
+    scored = score_clips(run.model, run.features, chosen, run.loss, device, feed, update, tell)
+    figures = measure_scores(chosen.targets_of(scored.rows), scored.scores, run.labels, run.loss)
     return {
         "run": str(run.folder),
         "weights": run.weights,
         "model": run.config["model"],
-        "shards": str(shards.folder),
+        "shards": shards.place,
         "scored": what,
-        "loss": mean_loss,
+        "unread": len(scored.unread),
+        "loss": scored.loss,
         "main_figure": main_figure(run.loss),
         "confusions": confusions(figures, run.labels),
         **figures,
@@ -108,12 +138,12 @@ def check_fit(run: Run, shards: Shards) -> None:
         sides = (("unknown to the run", unknown), ("lacking", lacking))
         parts = [f"{what}: {_few(names)}" for what, names in sides if names] or ["another order"]
         raise TrainError(
-            f"{shards.folder}: its {len(shards.labels)} classes are not the {len(run.labels)} that {run.folder} "
+            f"{shards.place}: its {len(shards.labels)} classes are not the {len(run.labels)} that {run.folder} "
             f"was trained on ({'; '.join(parts)}); give --shards of the same dataset"
         )
     if shards.sample_rate != run.sample_rate:
         raise TrainError(
-            f"{shards.folder}: is at {shards.sample_rate} Hz, while {run.folder} was trained at {run.sample_rate} Hz; "
+            f"{shards.place}: is at {shards.sample_rate} Hz, while {run.folder} was trained at {run.sample_rate} Hz; "
             f"make shards with `pipeline shard --sample-rate {run.sample_rate}`"
         )
 
@@ -124,10 +154,10 @@ def choose_clips(
     """The rows to score, and what they are in words; raises TrainError when there are none."""
     if fold is None and split is None:
         held = run.config["held_out"]
-        same = shards.info["root_sha256"] == run.config["root_sha256"]
+        same = shards.root_sha256 == run.config["root_sha256"]
         if held["by"] == "groups" and not same:
             raise TrainError(
-                f"{shards.folder}: {run.folder} held out some groups of other shards; say which clips to score "
+                f"{shards.place}: {run.folder} held out some groups of other shards; say which clips to score "
                 "with --fold or --split (--split all: clips without a split)"
             )
         rows = held_out_again(shards, held["by"], held["value"])
@@ -138,7 +168,7 @@ def choose_clips(
     if fold is not None:
         chosen &= shards.folds == fold
     if split is not None:
-        chosen &= shards.splits == split
+        chosen &= shards.in_splits(split)
     what = " and ".join([f"fold {fold}"] * (fold is not None) + [f"split {split}"] * (split is not None))
     return _some(np.flatnonzero(chosen), shards, what, where)
 
@@ -147,18 +177,18 @@ def _some(
     rows: NDArray[np.int64], shards: Shards, what: str, where: str | None
 ) -> tuple[NDArray[np.int64], str]:
     if len(rows) and where is not None:
-        kept = rows[fulfilling(shards, where)[rows]]
+        kept = rows[shards.fulfilling(where)[rows]]
         if not len(kept):
             raise TrainError(
-                f"{shards.folder}: --where {where!r} keeps none of the {len(rows)} clips of {what}"
+                f"{shards.place}: --where {where!r} keeps none of the {len(rows)} clips of {what}"
             )
         rows, what = kept, f"{what} where {where}"
     if len(rows):
         return rows, what
     folds = sorted(set(shards.folds[shards.folds >= 0].tolist()))
     raise TrainError(
-        f"{shards.folder}: no clip is in {what}; its folds are {', '.join(map(str, folds)) or 'none'} (--fold), "
-        f"its splits {', '.join(sorted(set(shards.splits.tolist())))} (--split)"
+        f"{shards.place}: no clip is in {what}; its folds are {', '.join(map(str, folds)) or 'none'} (--fold), "
+        f"its splits {', '.join(shards.splits)} (--split)"
     )
 
 

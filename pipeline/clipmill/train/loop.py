@@ -8,7 +8,7 @@ CPU, with as many threads).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from clipmill import __version__
 from clipmill.augment import crop, mix_between_class, mix_standard, specaugment, to_float
 from clipmill.errors import ConfigError, TrainError
 from clipmill.features import FrontEnd
+from clipmill.loader import NO_PROMISE, Bad, Batch, Feed, Sampler, step_seed
 from clipmill.shards.read import Shards
+from clipmill.stores import Store
 from clipmill.train import checkpoint
-from clipmill.train.batches import Batch, StepBatches, stream
 from clipmill.train.ema import Ema
 from clipmill.train.evaluate import score_clips
 from clipmill.train.lengths import check_heard
@@ -31,7 +32,6 @@ from clipmill.train.log import Log
 from clipmill.train.metrics import main_figure, measure_scores
 from clipmill.train.objective import choose_loss, clip_loss
 from clipmill.train.recipes import Recipe, learning_rate_at
-from clipmill.train.sampler import step_seed
 from clipmill.train.split import Split, choose_split
 from clipmill.train.transfer import initialise
 from clipmill_models import ModelError, Tagger, create_model, outline_model
@@ -42,14 +42,20 @@ WIDEST_STRIPE = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a run is made from; `config` is what config.json says of it, `notes` what to tell the user."""
+    """All that a run is made from; `config` is what config.json says of it, `notes` what to tell the user.
+
+    `clips` are those of `shards` to train on, `sampler` says which of them stands where; a stream has none.
+    """
 
     shards: Shards
     split: Split
+    clips: Shards
+    sampler: Sampler | None
     recipe: Recipe
     seed: int
     device: torch.device
     init: Path | None
+    feed: Feed
     config: dict[str, Any]
     notes: tuple[str, ...]
 
@@ -84,30 +90,39 @@ def plan_run(
     allow_leak: bool = False,
     where: str | None = None,
     init: Path | None = None,
+    feed: Feed = Feed(),  # noqa: B008 - frozen
+    set_weights: Sequence[float] | None = None,
 ) -> Plan:
     """Decide everything about a run, and write nothing.
+
+    `feed` is how clips are read; `set_weights`, one for each of the sets of `shards`, says what share of the
+    clips to learn from comes from each.
 
     `where` is an expression as `Shards.where` takes it: the run then neither learns from other clips nor
     holds them out. `init` is what `transfer.read_weights` takes: the run starts from those weights.
 
     Raises:
-        ConfigError: the recipe's model is not known, or `where` cannot be read.
+        ConfigError: the recipe's model is not known, `where` cannot be read, or a stream cannot do what is asked.
         TrainError: the clips cannot be split, or have fewer than two classes; `init` cannot be read, or
             less than half of the model fits.
     """
     if len(shards.labels) < 2:
-        raise TrainError(f"{shards.folder}: has {len(shards.labels)} class; a tagger needs at least two")
+        raise TrainError(f"{shards.place}: has {len(shards.labels)} class; a tagger needs at least two")
     split = choose_split(shards, fold, seed, allow_leak=allow_leak, where=where)
-    loss = choose_loss(shards.targets, recipe.loss)
+    clips = shards.take(split.train)
+    sampler = feed.sampler(clips, recipe.sampling, seed, set_weights)
+    loss = choose_loss(shards.label_counts, recipe.loss)
     network = _create(recipe.model, len(shards.labels), outline_model)
     features = FrontEnd.of(network, shards.sample_rate)
     config = {
         "dataset": shards.name,
-        "shards": str(shards.folder.resolve()),
-        "root_sha256": shards.info["root_sha256"],
+        "shards": [_absolute(part.store) for part in shards.sets],
+        "root_sha256": shards.root_sha256,
         "clips": {"train": len(split.train), "held_out": len(split.held_out)},
         "held_out": {"by": split.by, "value": split.value},
         "where": where,
+        "access": feed.access,
+        "set_weights": None if set_weights is None else list(set_weights),
         "labels": shards.labels,
         "sample_rate": shards.sample_rate,
         "features": features.config,
@@ -120,12 +135,13 @@ def plan_run(
         "device": str(device),
         "versions": {"clipmill": __version__, "torch": torch.__version__, "numpy": np.__version__},
     }
-    crop = round(recipe.crop_s * shards.sample_rate)
-    learnt_from = crop or int(shards.samples[split.train].max())
+    crop = _crop_samples(recipe, shards.sample_rate)
+    learnt_from = crop or int(clips.samples.max())
     what = "the crop" if crop else "the longest clip to train on"
     check_heard(network, features, learnt_from, what, "--crop-s {most:g} cuts clips to that")
     check_heard(network, features, int(shards.samples[split.held_out].max()), "the longest clip held out")
-    unlearnable = [shards.labels[c] for c in np.flatnonzero(shards.targets[split.train].sum(0) == 0)]
+    learnable = np.unique(clips.label_ids[0])
+    unlearnable = [shards.labels[c] for c in np.setdiff1d(np.arange(len(shards.labels)), learnable)]
     notes = []
     if init is not None:
         transferred, config["init"] = initialise(network, init, shards.labels, loss)
@@ -138,7 +154,9 @@ def plan_run(
             f"cannot be learnt, for no clip to train on has it: {', '.join(unlearnable[:5])}"
             + (f" and {len(unlearnable) - 5} more" if len(unlearnable) > 5 else "")
         )
-    return Plan(shards, split, recipe, seed, device, init, config, tuple(notes))
+    if feed.access == "stream":
+        notes.append(NO_PROMISE)
+    return Plan(shards, split, clips, sampler, recipe, seed, device, init, feed, config, tuple(notes))
 
 
 def train(
@@ -146,7 +164,7 @@ def train(
     out: Path,
     *,
     resume: bool = False,
-    workers: int = 0,
+    log_batches: bool = False,
     save_every: int | None = None,
     say: Callable[[str], None] = lambda text: None,
     update: Callable[[int, str], None] = lambda done, facts: None,
@@ -158,7 +176,7 @@ def train(
         plan: from `plan_run`.
         out: the run's folder; see `checkpoint` for what it comes to hold.
         resume: go on with the run that is there, from its last saved step.
-        workers: processes that read clips ahead.
+        log_batches: write which clips and samples each step saw, as hashes.
         save_every: steps between two saves of last.pt, beside those at each evaluation.
         say: called with a line for a person.
         update: called with (steps done, facts) after each step.
@@ -166,7 +184,7 @@ def train(
 
     Raises:
         TrainError: see `checkpoint.start_or_resume`; or the loss is no longer finite.
-        ShardError: a clip cannot be read.
+        ShardError: more clips than `plan.feed.max_bad` allows cannot be read.
     """
     recipe, device = plan.recipe, plan.device
     state, note = checkpoint.start_or_resume(out, plan.config, resume=resume)
@@ -183,17 +201,20 @@ def train(
         return Outcome(start, True, 0, best, last)
     if start:
         say(f"going on from step {start} of {recipe.steps}")
-    clips = plan.shards.take(plan.split.train)
     held_out = plan.shards.take(plan.split.held_out)
     noise = torch.Generator(device)
-    batches = stream(
-        StepBatches(clips, plan.seed, recipe.batch_size),
-        range(start, recipe.steps),
-        workers,
-        pin=device.type == "cuda",
-    )
-    with Log(out, start, recipe.batch_size) as log:
-        for done, batch in enumerate(batches, start + 1):
+    with Log(out, start, recipe.batch_size, say) as log:
+        loader = plan.feed.loader(
+            plan.clips,
+            recipe.batch_size,
+            sampler=plan.sampler,
+            seed=plan.seed,
+            crop=_crop_samples(recipe, features.sample_rate),
+            device=device,
+            tell=log.bad,
+            watch=log.batch if log_batches else None,
+        )
+        for done, batch in enumerate(loader.batches(start, recipe.steps), start + 1):
             step = done - 1
             _seed(step_seed(plan.seed, step), noise)
             rate = learning_rate_at(recipe, step)
@@ -211,7 +232,7 @@ def train(
             saving = evaluating or stopping or (save_every is not None and done % save_every == 0)
             log.train(done, loss, rate, look=saving)
             if evaluating:
-                last = _evaluate(plan, ema.module, features, held_out, workers, done)
+                last = _evaluate(plan, ema.module, features, held_out, log.bad, done)
                 log.evaluation(last)
                 if best is None or _main(last) > _main(best):
                     best = last
@@ -227,16 +248,17 @@ def train(
 def prepare(
     batch: Batch, features: FrontEnd, recipe: Recipe, noise: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A batch as it is learnt from: crop, mix, log-mel, mask, all on the device of `noise`.
+    """A batch on the device of `noise` as it is learnt from: cropped where it is not, mixed, as log-mel, masked.
 
     Returns:
         float32 log-mel `[B, bins, frames]`, or `[B, samples]` for a network on waveforms, which
         SpecAugment leaves alone; and soft targets `[B, classes]`.
     """
     rate = features.sample_rate
-    waves, lengths, targets = (part.to(noise.device, non_blocking=True) for part in batch[:3])
-    if recipe.crop_s:
-        waves = crop(waves, lengths, round(recipe.crop_s * rate), noise)
+    waves, lengths, targets = batch[:3]
+    wanted = _crop_samples(recipe, rate)
+    if wanted and waves.shape[1] != wanted:  # as from a stream: else no more than the crop was read
+        waves = crop(waves, lengths, wanted, noise)
     sound = to_float(waves)
     if recipe.mixup == "standard":
         sound, targets = mix_standard(sound, targets, noise)
@@ -246,6 +268,14 @@ def prepare(
     if recipe.specaugment and features.logmel is not None:
         heard = specaugment(heard, noise, time_width=min(WIDEST_STRIPE, heard.shape[2] // 8))
     return heard, targets
+
+
+def _crop_samples(recipe: Recipe, rate: int) -> int:
+    return round(recipe.crop_s * rate)
+
+
+def _absolute(store: Store) -> str:
+    return str(Path(store.place).resolve()) if store.near else store.place
 
 
 def _create(name: str, classes: int, build: Callable[[str, int], Tagger] = create_model) -> Tagger:
@@ -267,14 +297,21 @@ def _fresh_model(plan: Plan, *, resumed: bool) -> Tagger:
 
 
 def _evaluate(
-    plan: Plan, model: nn.Module, features: nn.Module, held_out: Shards, workers: int, step: int
+    plan: Plan,
+    model: nn.Module,
+    features: nn.Module,
+    held_out: Shards,
+    tell: Callable[[Bad], None],
+    step: int,
 ) -> dict[str, Any]:
     """The figures of the averaged weights on the clips held out, whole, without the tables."""
     loss = plan.config["loss"]
-    scores, mean_loss = score_clips(model, features, held_out, loss, plan.device, workers)
-    figures = measure_scores(held_out.targets, scores, plan.shards.labels, loss)
+    scored = score_clips(model, features, held_out, loss, plan.device, plan.feed, tell=tell)
+    targets = held_out.targets_of(scored.rows)
+    figures = measure_scores(targets, scored.scores, plan.shards.labels, loss)
     short = {name: value for name, value in figures.items() if not isinstance(value, list)}
-    return {"step": step, "main_figure": main_figure(loss), "loss": mean_loss, **short}
+    unread = len(scored.unread)
+    return {"step": step, "main_figure": main_figure(loss), "loss": scored.loss, "unread": unread, **short}
 
 
 def _main(figures: dict[str, Any]) -> float:

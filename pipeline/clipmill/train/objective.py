@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def choose_loss(targets: NDArray[np.float32], asked: str = "auto") -> str:
-    """ "softmax" or "sigmoid" for targets `[clips, classes]`: sigmoid once any clip has several classes."""
+def choose_loss(label_counts: NDArray[np.integer], asked: str = "auto") -> str:
+    """ "softmax" or "sigmoid" for clips of so many classes each, `[clips]`: sigmoid once any has several."""
     if asked != "auto":
         return asked
-    return "sigmoid" if (targets.sum(1) > 1).any() else "softmax"
+    return "sigmoid" if (label_counts > 1).any() else "softmax"
 
 
 def clip_loss(logits: Tensor, targets: Tensor, loss: str) -> Tensor:

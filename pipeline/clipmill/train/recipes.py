@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from clipmill.errors import ConfigError
+from clipmill.loader import SAMPLINGS
 
 MIXUPS = ("none", "standard", "between-class")
 SCHEDULES = ("constant", "one-cycle")
@@ -23,7 +24,7 @@ class Recipe:
     `learning_rate` is Adam's, and the highest one with "one-cycle". `crop_s` is in seconds; 0
     trains on whole clips. `ema_warmup` see `ema.decay_at`. `eval_every` is in steps. `loss` "auto"
     takes softmax with cross-entropy, and sigmoid with binary cross-entropy as soon as any clip
-    has several labels.
+    has several labels. `sampling` is one of `loader.SAMPLINGS`.
     """
 
     name: str
@@ -39,9 +40,11 @@ class Recipe:
     ema_warmup: bool = True
     eval_every: int = 500
     loss: str = "auto"
+    sampling: str = "shuffled"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("mixup", MIXUPS), ("schedule", SCHEDULES), ("loss", LOSSES)):
+        choices = {"mixup": MIXUPS, "schedule": SCHEDULES, "loss": LOSSES, "sampling": SAMPLINGS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"--{name} {getattr(self, name)!r}: allowed are {', '.join(allowed)}")
         for name in ("steps", "batch_size", "eval_every"):
@@ -134,7 +137,7 @@ def describe(recipe: Recipe) -> str:
     """What a recipe does, in one line."""
     parts = [
         recipe.model,
-        f"{recipe.steps} steps of {recipe.batch_size} clips",
+        f"{recipe.steps} steps of {recipe.batch_size} clips, {recipe.sampling}",
         f"{recipe.crop_s:g} s crops" if recipe.crop_s else "whole clips",
         f"mixup {recipe.mixup}",
         "SpecAugment" if recipe.specaugment else "no SpecAugment",

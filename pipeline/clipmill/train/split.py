@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from clipmill.errors import TrainError
 from clipmill.shards.read import Shards
-from clipmill.shards.where import matching
 from clipmill.types import NO_SPLIT, TRAIN_SPLITS
 
 HELD_OUT_PART = 0.1
@@ -57,10 +58,10 @@ def choose_split(
     """
     if fold is not None:
         split = _by_fold(shards, fold, f"fold {fold} is held out")
-    elif held := next((name for name in ("valid", "eval") if (shards.splits == name).any()), None):
-        train = np.isin(shards.splits, (*TRAIN_SPLITS, NO_SPLIT))
+    elif held := next((name for name in ("valid", "eval") if name in shards.splits), None):
+        train = shards.in_splits(*TRAIN_SPLITS, NO_SPLIT)
         why = f"the dataset's own split: {held} is held out"
-        split = _split(shards, "split", held, train, shards.splits == held, why)
+        split = _split(shards, "split", held, train, shards.in_splits(held), why)
     elif (shards.folds >= 0).any():
         lowest = int(shards.folds[shards.folds >= 0].min())
         split = _by_fold(shards, lowest, f"fold {lowest}, the lowest, is held out; --fold chooses another")
@@ -81,20 +82,15 @@ def held_out_again(shards: Shards, by: str, value: Any) -> NDArray[np.int64]:
     if by == "fold":
         chosen = shards.folds == int(value)
     elif by == "split":
-        chosen = shards.splits == value
+        chosen = shards.in_splits(str(value))
     else:
         chosen = _some_groups(shards.groups, int(value))
     return np.flatnonzero(chosen & labelled(shards))
 
 
-def fulfilling(shards: Shards, where: str) -> NDArray[np.bool_]:
-    """`[clips]`: whether a clip fulfils an expression; raises ConfigError where that cannot be read."""
-    return np.asarray(matching(shards.index, where))
-
-
 def labelled(shards: Shards) -> NDArray[np.bool_]:
     """`[clips]`: whether a clip has any label."""
-    return np.asarray(shards.targets.any(axis=1))
+    return np.asarray(shards.label_counts > 0)
 
 
 def _by_fold(shards: Shards, fold: int, why: str) -> Split:
@@ -104,7 +100,7 @@ def _by_fold(shards: Shards, fold: int, why: str) -> Split:
         mend = "leave --fold away" if not there else "choose one with --fold"
         raise TrainError(f"no clip is in fold {fold}: {found}; {mend}")
     held_out = shards.folds == fold
-    train = ~held_out & np.isin(shards.splits, (*TRAIN_SPLITS, NO_SPLIT))
+    train = ~held_out & shards.in_splits(*TRAIN_SPLITS, NO_SPLIT)
     return _split(shards, "fold", fold, train, held_out, why)
 
 
@@ -123,18 +119,19 @@ def _split(
 
 
 def _thinned(shards: Shards, split: Split, where: str) -> Split:
-    kept = fulfilling(shards, where)
+    kept = shards.fulfilling(where)
     train, held_out = split.train[kept[split.train]], split.held_out[kept[split.held_out]]
     lost = len(split.train) + len(split.held_out) - len(train) - len(held_out)
     why = f"{split.why}; {lost} clip{'s' * (lost != 1)} left out by --where {where!r}"
     return replace(split, train=train, held_out=held_out, why=why)
 
 
-def _some_groups(groups: NDArray[Any], seed: int) -> NDArray[np.bool_]:
+def _some_groups(groups: pa.ChunkedArray, seed: int) -> NDArray[np.bool_]:
     """Whether each clip's group is among the tenth (at least one) that stand first by a seeded hash."""
-    names = sorted(set(groups.tolist()))
+    names = sorted(pc.unique(groups).to_pylist())
     names.sort(key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    return np.isin(groups, names[: math.ceil(len(names) * HELD_OUT_PART)])
+    chosen = names[: math.ceil(len(names) * HELD_OUT_PART)]
+    return np.asarray(pc.is_in(groups, pa.array(chosen, pa.string())).to_numpy())
 
 
 def _check_sides(shards: Shards, split: Split, mend: str) -> None:
@@ -146,7 +143,9 @@ def _check_sides(shards: Shards, split: Split, mend: str) -> None:
 
 
 def _check_groups(shards: Shards, split: Split) -> None:
-    both = sorted(set(shards.groups[split.train].tolist()) & set(shards.groups[split.held_out].tolist()))
+    groups = shards.groups.combine_chunks()
+    train, held_out = (pc.unique(groups.take(pa.array(rows))) for rows in (split.train, split.held_out))
+    both = sorted(train.filter(pc.is_in(train, held_out)).to_pylist())
     if both:
         named = ", ".join(both[:3]) + (", ..." if len(both) > 3 else "")
         raise TrainError(

@@ -1,0 +1,44 @@
+"""From shards to batches on the device: which clip stands where, reading ahead, damage, sequential streams."""
+
+from __future__ import annotations
+
+from clipmill.loader.batches import Batch, Digest
+from clipmill.loader.choose import SAMPLINGS, choose_sampler
+from clipmill.loader.damage import MAX_BAD, Bad, Damage
+from clipmill.loader.feed import ACCESSES, Feed
+from clipmill.loader.loader import Loader, WholeClips
+from clipmill.loader.sampler import (
+    Balanced,
+    Mixed,
+    Sampler,
+    Sequential,
+    Shuffled,
+    Weighted,
+    inverse_frequency,
+    step_seed,
+)
+from clipmill.loader.streaming import NO_PROMISE, StreamLoader
+
+__all__ = [
+    "ACCESSES",
+    "MAX_BAD",
+    "NO_PROMISE",
+    "SAMPLINGS",
+    "Bad",
+    "Balanced",
+    "Batch",
+    "Damage",
+    "Digest",
+    "Feed",
+    "Loader",
+    "Mixed",
+    "Sampler",
+    "Sequential",
+    "Shuffled",
+    "StreamLoader",
+    "Weighted",
+    "WholeClips",
+    "choose_sampler",
+    "inverse_frequency",
+    "step_seed",
+]

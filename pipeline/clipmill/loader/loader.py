@@ -1,0 +1,233 @@
+"""The loader: the batch of any step, in any order, as a pure function of (shards, sampler, seed, step)."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clipmill.errors import ConfigError, ShardError
+from clipmill.loader.ahead import in_order
+from clipmill.loader.batches import Assembled, Batch, Digest, batch_of
+from clipmill.loader.damage import MAX_BAD, Bad, Damage
+from clipmill.loader.device import on_device
+from clipmill.loader.memory import Memory
+from clipmill.loader.sampler import Sampler, Shuffled, crop_starts, rank_positions
+from clipmill.shards.read import Shards
+from clipmill.shards.reader import Unread
+
+TRIES = 8
+"""Clips that are tried in the place of one that cannot be read, one after the other."""
+
+_BLOCK = 4096  # positions worked out at once: for one batch alone the sampler costs as much as for a thousand clips
+
+CPU = torch.device("cpu")
+
+
+class Loader:
+    """Batches of clips by random access; the state of a run is one integer, the step.
+
+    The clip at a position depends on the sampler alone, and its crop on (seed, position): so a run that is
+    resumed at any step, with any number of workers, sees what an undisturbed one sees. Step s of all ranks
+    together holds the positions s * batch_size to (s + 1) * batch_size - 1.
+
+    Args:
+        shards: the clips to choose from.
+        batch_size: clips in a step, of all ranks together.
+        sampler: which clip stands where; by default `Shuffled` by the seed.
+        seed: of the crops, and of the default sampler.
+        crop: samples cut from each clip at a random place, of which no more is read or decoded than the codec
+            needs; 0: whole clips, with zeros after the shorter ones.
+        workers: threads that read ahead; 0: batches are read when they are asked for.
+        device: where batches go.
+        rank: which part of each step is this process's, from 0.
+        ranks: into how many parts steps are divided.
+        max_bad: share of the clips that may be unreadable before it is an error.
+        check: compare each clip's samples with the sha256 in the index.
+        tell: called with each clip that cannot be read, and what stands in for it.
+        watch: called with (step, `Digest`) of each batch, before it is handed over.
+
+    Attributes:
+        damage: the account of clips that could not be read.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        batch_size: int,
+        *,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        crop: int = 0,
+        workers: int = 0,
+        device: torch.device = CPU,
+        rank: int = 0,
+        ranks: int = 1,
+        max_bad: float = MAX_BAD,
+        check: bool = False,
+        tell: Callable[[Bad], None] = lambda bad: None,
+        watch: Callable[[int, Digest], None] | None = None,
+    ) -> None:
+        if not len(shards):
+            raise ShardError(f"{shards.place}: no clip is left to read")
+        if not 0 <= rank < ranks:
+            raise ConfigError(f"rank {rank} of {ranks}: allowed is 0 to {ranks - 1}")
+        rank_positions(0, batch_size, rank, ranks)  # says so now where the ranks cannot share a batch
+        self.shards, self.batch_size, self.rank, self.ranks = shards, batch_size, rank, ranks
+        self.sampler = Shuffled(len(shards), seed) if sampler is None else sampler
+        self.seed, self.crop, self.workers, self.device = seed, crop, workers, device
+        self.damage = Damage(len(shards), max_bad, tell)
+        self._check, self._watch = check, watch
+        self._memory = Memory(pin=device.type == "cuda")
+        self._lock = threading.Lock()
+        self._blocks: dict[int, NDArray[np.int64]] = {}
+
+    def __len__(self) -> int:
+        """Steps in an epoch, the last of which may reach into the next."""
+        return -(-self.sampler.clips // self.batch_size)
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Yield the batches of the steps from `start` up to `stop` (None: without end), on the device.
+
+        Raises:
+            ShardError: more clips than `max_bad` allows, or `TRIES` in the place of one, cannot be read.
+        """
+        return on_device(self._on_cpu(start, stop), self.device)
+
+    def assemble(self, step: int) -> Assembled:
+        """The batch of a step on the CPU: this rank's part of it.
+
+        Raises:
+            ShardError: `TRIES` clips in the place of one cannot be read either.
+        """
+        positions = rank_positions(step, self.batch_size, self.rank, self.ranks)
+        rows = self._rows(step)
+        lengths = self.shards.samples[rows]
+        waves = self._memory.empty(len(rows), self.crop or int(lengths.max()))
+        unread = self._read(positions, rows, waves)
+        bad = []
+        for one in unread:
+            waves, found = self._replace(positions, rows, waves, one)
+            bad.append(found)
+        lengths = self.shards.samples[rows]
+        batch = batch_of(self.shards, rows, waves, np.minimum(lengths, self.crop) if self.crop else lengths)
+        digest = None if self._watch is None else Digest.of(self.shards, batch)
+        return Assembled(batch, tuple(bad), digest)
+
+    def _on_cpu(self, start: int, stop: int | None) -> Iterator[Batch]:
+        steps = itertools.count(start) if stop is None else range(start, stop)
+        for step, made in enumerate(in_order(self.assemble, steps, self.workers), start):
+            self.damage.note(made.bad)
+            if self._watch is not None and made.digest is not None:
+                self._watch(step, made.digest)
+            yield made.batch
+
+    def _rows(self, step: int) -> NDArray[np.int64]:
+        """The clips of a step, from a block of steps worked out together: a copy, `[B]`."""
+        size = self.batch_size // self.ranks
+        steps = max(1, _BLOCK // size)
+        block, place = divmod(step, steps)
+        with self._lock:
+            if block not in self._blocks:
+                parts = partial(rank_positions, batch_size=self.batch_size, rank=self.rank, ranks=self.ranks)
+                positions = np.concatenate([parts(block * steps + k) for k in range(steps)])
+                if len(self._blocks) > 1:  # threads are at two neighbours at most
+                    del self._blocks[min(self._blocks)]
+                self._blocks[block] = self.sampler.rows(positions)
+            return self._blocks[block][place * size : (place + 1) * size].copy()
+
+    def _read(self, positions: NDArray[np.int64], rows: NDArray[np.int64], waves: Tensor) -> list[Unread]:
+        starts = None
+        if self.crop:
+            starts = crop_starts(self.seed, positions, self.shards.samples[rows], self.crop)
+        return self.shards.read_into(rows, waves.numpy(), starts, check=self._check)
+
+    def _replace(
+        self, positions: NDArray[np.int64], rows: NDArray[np.int64], waves: Tensor, one: Unread
+    ) -> tuple[Tensor, Bad]:
+        """Put into the place of an unread clip what another order, derived from the first, has at its position."""
+        here = slice(one.place, one.place + 1)
+        for attempt in range(1, TRIES + 1):
+            rows[here] = self.sampler.other(attempt).rows(positions[here])
+            if missing := max(0, int(self.shards.samples[rows[one.place]]) - waves.shape[1]) * (
+                not self.crop
+            ):
+                waves = self._widened(waves, missing)
+            failed = self._read(positions[here], rows[here], waves[here])
+            if not failed:
+                instead = self.shards.keys_of(rows[here])[0]
+                return waves, Bad(one.key, one.shard, one.reason, one.message, instead)
+        raise ShardError(
+            f"{one.shard}: clip {one.key} cannot be read ({one.reason}: {one.message}), nor can {TRIES} others in its "
+            f"place, the last {failed[0].key} in {failed[0].shard} ({failed[0].message}); `pipeline verify` names all "
+            "damage"
+        )
+
+    def _widened(self, waves: Tensor, samples: int) -> Tensor:
+        """The same with room for so many more samples of each clip, which are zeros."""
+        wider = self._memory.empty(len(waves), waves.shape[1] + samples)
+        wider[:, : waves.shape[1]] = waves
+        wider[:, waves.shape[1] :] = 0
+        return wider
+
+
+class WholeClips:
+    """Every clip once and whole, clips of one length together, so that none is padded for another's sake.
+
+    Clips that cannot be read are left out; `damage` lists them.
+
+    Args:
+        shards: the clips.
+        most_samples: bounds a batch's size; a longer clip goes alone.
+        workers: as in `Loader`, like what follows.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        most_samples: int,
+        *,
+        workers: int = 0,
+        device: torch.device = CPU,
+        max_bad: float = MAX_BAD,
+        check: bool = False,
+        tell: Callable[[Bad], None] = lambda bad: None,
+    ) -> None:
+        self.shards, self.workers, self.device, self._check = shards, workers, device, check
+        self.damage = Damage(len(shards), max_bad, tell)
+        self._memory = Memory(pin=device.type == "cuda")
+        self._parts: list[NDArray[np.int64]] = []
+        for length in np.unique(shards.samples):
+            rows = np.flatnonzero(shards.samples == length)
+            size = max(1, most_samples // int(length))
+            self._parts += [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the batches on the device.
+
+        Raises:
+            ShardError: more clips than `max_bad` allows cannot be read.
+        """
+        return on_device(self._on_cpu(), self.device)
+
+    def _on_cpu(self) -> Iterator[Batch]:
+        for made in in_order(self._assemble, self._parts, self.workers):
+            self.damage.note(made.bad)
+            if len(made.batch.rows):
+                yield made.batch
+
+    def _assemble(self, rows: NDArray[np.int64]) -> Assembled:
+        lengths = self.shards.samples[rows]
+        waves = self._memory.empty(len(rows), int(lengths.max()))
+        unread = self.shards.read_into(rows, waves.numpy(), check=self._check)
+        if unread:
+            kept = np.setdiff1d(np.arange(len(rows)), [one.place for one in unread])
+            rows, lengths, waves = rows[kept], lengths[kept], waves[torch.from_numpy(kept)]
+        bad = tuple(Bad(one.key, one.shard, one.reason, one.message) for one in unread)
+        return Assembled(batch_of(self.shards, rows, waves, lengths), bad)

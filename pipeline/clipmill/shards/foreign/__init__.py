@@ -1,0 +1,1 @@
+"""Shards that others made: what they hold, found by one scan."""

@@ -1,0 +1,136 @@
+"""Killed and resumed, a run sees the very batches that an undisturbed one sees: any workers, any ranks, near and far."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Bucket
+from test_train import command, shards_of, signal_after_first_save, start
+
+
+@pytest.fixture(scope="module")
+def easy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shards_of(tmp_path_factory.mktemp("easy"))
+
+
+def seen(out: Path) -> list[dict[str, Any]]:
+    """Each step's hashes of keys and samples, in the order in which they were written."""
+    return [json.loads(line) for line in (out / "batches.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(easy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What a run sees that nothing befalls: training, 16 steps of 4 clips."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    process = start(*command(easy, out, "--log-batches"))
+    assert process.wait(timeout=120) == 0, process.communicate()
+    steps = seen(out)
+    assert [row["step"] for row in steps] == list(range(1, 17))
+    assert len({row["samples"] for row in steps}) == 16
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("store", "before", "after"), [("here", 0, 1), ("here", 1, 2), ("s3", 2, 0), ("s3", 0, 1)]
+)
+def test_a_killed_training_run_goes_on_with_the_very_batches(
+    easy, undisturbed, bucket: Bucket, tmp_path, store, before, after
+):
+    where = bucket.fill(easy) if store == "s3" else easy
+    # More steps, so that there is something left to be killed; all but the first 16 do not matter here.
+    flags = ("--log-batches", "--steps", "400", "--eval-every", "400")
+    killed = start(*command(where, tmp_path, *flags, "--workers", str(before)))
+    signal_after_first_save(tmp_path, killed, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    with open(tmp_path / "batches.jsonl", "a") as file:
+        file.write('{"keys": "half a li')
+    resumed = start(*command(where, tmp_path, *flags, "--resume", "--workers", str(after)))
+    while len((tmp_path / "batches.jsonl").read_text().splitlines()) < 20:
+        assert resumed.poll() is None, resumed.communicate()
+        time.sleep(0.01)
+    resumed.send_signal(signal.SIGTERM)
+    assert "going on from step" in resumed.communicate(timeout=120)[1]
+    steps = [row for row in seen(tmp_path) if row["step"] <= 16]
+    assert steps == undisturbed
+
+
+RANK = """
+import json, os, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from clipmill.loader import Digest, Loader
+from clipmill.shards.read import Shards
+
+torch.set_num_threads(1)
+where, out, workers, stop = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+dist.init_process_group("gloo")
+rank, ranks = dist.get_rank(), dist.get_world_size()
+shards = Shards.open(where)
+saved = out / f"{rank}-of-{ranks}.json"
+rows = json.loads(saved.read_text()) if saved.exists() else []
+for batch in Loader(shards, 6, seed=9, crop=12000, workers=workers, rank=rank, ranks=ranks).batches(len(rows), stop):
+    total = batch.waves.double().sum()
+    dist.all_reduce(total)  # as gradients are: every rank waits here for all others
+    rows.append([shards.keys_of(batch.rows.numpy()), [int(wave.long().sum()) for wave in batch.waves], float(total)])
+    Path(f"{saved}.new").write_text(json.dumps(rows))
+    os.replace(f"{saved}.new", saved)
+    dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def run_ranks(where: str, out: Path, workers: int, stop: int, ranks: int, kill_at: int | None = None) -> None:
+    """Run `RANK` in so many processes; `kill_at`: until the first has that many steps, then SIGKILL for the last."""
+    out.mkdir(exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
+               "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}  # fmt: skip
+        arguments = [sys.executable, "-c", RANK, where, str(out), str(workers), str(stop)]
+        processes.append(subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE, text=True))
+    if kill_at is None:
+        for process in processes:
+            assert process.wait(timeout=100) == 0, process.communicate()[1]
+        return
+    while not (out / f"0-of-{ranks}.json").exists() or len(steps_of(out, 0, ranks)) < kill_at:
+        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+        time.sleep(0.002)
+    for process in reversed(processes):  # what a scheduler does to those that are left
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=100)
+
+
+def steps_of(out: Path, rank: int, ranks: int) -> list[Any]:
+    return json.loads((out / f"{rank}-of-{ranks}.json").read_text())
+
+
+def test_two_ranks_killed_and_resumed_see_together_what_one_sees(easy, bucket: Bucket, tmp_path):
+    run_ranks(str(easy), tmp_path / "one", workers=0, stop=40, ranks=1)
+    whole = steps_of(tmp_path / "one", 0, 1)
+    for name, where, workers in (("near", str(easy), 2), ("far", bucket.fill(easy), 1)):
+        out = tmp_path / name
+        run_ranks(where, out, workers, stop=4000, ranks=2, kill_at=11)
+        # Ranks that were saved a step apart go on together from the earlier one, as a checkpoint would have it.
+        done = min(len(steps_of(out, rank, 2)) for rank in range(2))
+        assert 11 <= done < 40
+        for rank in range(2):
+            (out / f"{rank}-of-2.json").write_text(json.dumps(steps_of(out, rank, 2)[:done]))
+        run_ranks(where, out, 3 - workers, stop=40, ranks=2)
+        parts = [steps_of(out, rank, 2) for rank in range(2)]
+        assert [len(part) for part in parts] == [40, 40]
+        for step, (keys, sums, total) in enumerate(whole):
+            for rank in range(2):
+                assert parts[rank][step] == [keys[rank::2], sums[rank::2], total]
