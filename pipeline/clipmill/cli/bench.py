@@ -177,18 +177,12 @@ def _column(report: dict[str, Any], field: str, shape: str, unit: float = 1) -> 
 )
 @click.option(
     "--sampling",
-    type=click.Choice(["shuffled", "balanced", "weighted", "sequential"]),
+    type=console.SAMPLING,
     default="shuffled",
     show_default=True,
     help="Which clips come in which order.",
 )
-@click.option(
-    "--access",
-    type=click.Choice(["random", "stream"]),
-    default="random",
-    show_default=True,
-    help="random: any clip, exactly; stream: whole tars in turn, for stores where each read is dear.",
-)
+@console.access_option
 @console.reading_options
 @console.device_option
 @console.json_option

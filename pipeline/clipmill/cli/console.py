@@ -103,6 +103,21 @@ def shards_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+SAMPLING = click.Choice(["shuffled", "balanced", "weighted", "sequential"])
+"""The values of --sampling."""
+
+
+def access_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The --access flag."""
+    return click.option(
+        "--access",
+        type=click.Choice(["random", "stream"]),
+        default="random",
+        show_default=True,
+        help="random: any clip, exactly; stream: whole tars in turn, for stores where each read is dear.",
+    )(function)
+
+
 def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The flags of what reads many clips: how, and what becomes of those that cannot be read."""
     for option in reversed((

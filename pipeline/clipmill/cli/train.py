@@ -33,7 +33,7 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--schedule", type=click.Choice(["constant", "one-cycle"]), help="Of the learning rate."),
         click.option(
             "--sampling",
-            type=click.Choice(["shuffled", "balanced", "weighted", "sequential"]),
+            type=console.SAMPLING,
             help="Every clip once an epoch; every class as often (PANNs); rare classes more often (AST); as they lie.",
         ),
         click.option("--crop-s", type=float, help="Seconds cut from each clip at a random place; 0: whole clips."),
@@ -83,13 +83,7 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     callback=_weights,
     help="Share of the clips from each --shards, such as 3,1.  [default: all clips as one set]",
 )
-@click.option(
-    "--access",
-    type=click.Choice(["random", "stream"]),
-    default="random",
-    show_default=True,
-    help="random: any clip, exactly; stream: whole tars in turn, for stores where each read is dear.",
-)
+@console.access_option
 @click.option(
     "--buffer",
     type=click.IntRange(min=1),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from functools import partial
 
 import numpy as np
@@ -92,7 +93,7 @@ class Loader:
         """Steps in an epoch, the last of which may reach into the next."""
         return -(-self.sampler.clips // self.batch_size)
 
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+    def batches(self, start: int = 0, stop: int | None = None) -> Generator[Batch, None, None]:
         """Yield the batches of the steps from `start` up to `stop` (None: without end), on the device.
 
         Raises:
@@ -120,13 +121,14 @@ class Loader:
         digest = None if self._watch is None else Digest.of(self.shards, batch)
         return Assembled(batch, tuple(bad), digest)
 
-    def _on_cpu(self, start: int, stop: int | None) -> Iterator[Batch]:
+    def _on_cpu(self, start: int, stop: int | None) -> Generator[Batch, None, None]:
         steps = itertools.count(start) if stop is None else range(start, stop)
-        for step, made in enumerate(in_order(self.assemble, steps, self.workers), start):
-            self.damage.note(made.bad)
-            if self._watch is not None and made.digest is not None:
-                self._watch(step, made.digest)
-            yield made.batch
+        with closing(in_order(self.assemble, steps, self.workers)) as assembled:
+            for step, made in enumerate(assembled, start):
+                self.damage.note(made.bad)
+                if self._watch is not None and made.digest is not None:
+                    self._watch(step, made.digest)
+                yield made.batch
 
     def _rows(self, step: int) -> NDArray[np.int64]:
         """The clips of a step, from a block of steps worked out together: a copy, `[B]`."""
@@ -208,7 +210,7 @@ class WholeClips:
             size = max(1, most_samples // int(length))
             self._parts += [rows[start : start + size] for start in range(0, len(rows), size)]
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         """Yield the batches on the device.
 
         Raises:
@@ -216,11 +218,12 @@ class WholeClips:
         """
         return on_device(self._on_cpu(), self.device)
 
-    def _on_cpu(self) -> Iterator[Batch]:
-        for made in in_order(self._assemble, self._parts, self.workers):
-            self.damage.note(made.bad)
-            if len(made.batch.rows):
-                yield made.batch
+    def _on_cpu(self) -> Generator[Batch, None, None]:
+        with closing(in_order(self._assemble, self._parts, self.workers)) as assembled:
+            for made in assembled:
+                self.damage.note(made.bad)
+                if len(made.batch.rows):
+                    yield made.batch
 
     def _assemble(self, rows: NDArray[np.int64]) -> Assembled:
         lengths = self.shards.samples[rows]

@@ -129,7 +129,7 @@ class StreamLoader:
         """Steps in a pass over all clips, the last of which may reach into the next."""
         return -(-len(self.shards) // self.batch_size)
 
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+    def batches(self, start: int = 0, stop: int | None = None) -> Generator[Batch, None, None]:
         """Yield the batches of the steps from `start` up to `stop` (None: without end), on the device.
 
         From a `start` above 0 these are not the batches that a run from 0 has there; see `NO_PROMISE`.
@@ -139,7 +139,7 @@ class StreamLoader:
         """
         return on_device(self._on_cpu(start, stop), self.device)
 
-    def _on_cpu(self, start: int, stop: int | None) -> Iterator[Batch]:
+    def _on_cpu(self, start: int, stop: int | None) -> Generator[Batch, None, None]:
         size = self.batch_size // self.ranks
         steps = itertools.count(start) if stop is None else range(start, stop)
         with closing(self._clips(start)) as clips:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +70,14 @@ def score_clips(
     rows: list[NDArray[np.int64]] = []
     found: list[NDArray[np.float32]] = []
     total, done = 0.0, 0
-    for batch in clips.batches():
-        logits = model(features(to_float(batch.waves))).float()
-        rows.append(batch.rows.numpy())
-        found.append(probabilities(logits, loss).cpu().numpy())
-        total += float(clip_loss(logits, batch.targets, loss)) * len(batch.rows)
-        done += len(batch.rows)
-        update(done, "")
+    with closing(clips.batches()) as batches:
+        for batch in batches:
+            logits = model(features(to_float(batch.waves))).float()
+            rows.append(batch.rows.numpy())
+            found.append(probabilities(logits, loss).cpu().numpy())
+            total += float(clip_loss(logits, batch.targets, loss)) * len(batch.rows)
+            done += len(batch.rows)
+            update(done, "")
     scores = np.concatenate(found)
     if not np.isfinite(scores).all():
         raise TrainError(

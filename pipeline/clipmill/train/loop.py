@@ -8,7 +8,8 @@ CPU, with as many threads).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -203,18 +204,11 @@ def train(
         say(f"going on from step {start} of {recipe.steps}")
     held_out = plan.shards.take(plan.split.held_out)
     noise = torch.Generator(device)
-    with Log(out, start, recipe.batch_size, say) as log:
-        loader = plan.feed.loader(
-            plan.clips,
-            recipe.batch_size,
-            sampler=plan.sampler,
-            seed=plan.seed,
-            crop=_crop_samples(recipe, features.sample_rate),
-            device=device,
-            tell=log.bad,
-            watch=log.batch if log_batches else None,
-        )
-        for done, batch in enumerate(loader.batches(start, recipe.steps), start + 1):
+    with (
+        Log(out, start, recipe.batch_size, say) as log,
+        closing(_batches(plan, start, log, log_batches)) as batches,
+    ):
+        for done, batch in enumerate(batches, start + 1):
             step = done - 1
             _seed(step_seed(plan.seed, step), noise)
             rate = learning_rate_at(recipe, step)
@@ -268,6 +262,22 @@ def prepare(
     if recipe.specaugment and features.logmel is not None:
         heard = specaugment(heard, noise, time_width=min(WIDEST_STRIPE, heard.shape[2] // 8))
     return heard, targets
+
+
+def _batches(plan: Plan, start: int, log: Log, log_batches: bool) -> Generator[Batch, None, None]:
+    """The batches of the steps from `start` on."""
+    recipe = plan.recipe
+    loader = plan.feed.loader(
+        plan.clips,
+        recipe.batch_size,
+        sampler=plan.sampler,
+        seed=plan.seed,
+        crop=_crop_samples(recipe, plan.clips.sample_rate),
+        device=plan.device,
+        tell=log.bad,
+        watch=log.batch if log_batches else None,
+    )
+    return loader.batches(start, recipe.steps)
 
 
 def _crop_samples(recipe: Recipe, rate: int) -> int:
