@@ -9,6 +9,10 @@ from typing import NamedTuple
 from clipmill.audio.decode import MAX_RATE, MIN_RATE
 
 _STREAMED = 0x7FFF0000  # WAV sizes from here up are what programs write that do not know the length yet
+_LEAST_FRAME, _MOST_SAMPLES = (
+    10,
+    65535,
+)  # bytes of FLAC's shortest frame, samples of its longest (RFC 9639, 9)
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 
 
@@ -51,7 +55,10 @@ def _flac(head: bytes, size: int) -> Header | None:
     packed = int.from_bytes(head[18:26], "big")
     rate, channels, bits = packed >> 44, (packed >> 41 & 7) + 1, (packed >> 36 & 31) + 1
     plain = "flac" if (channels, bits) == (1, 16) else None
-    return Header(rate, channels, packed & (1 << 36) - 1, plain, 0, size)
+    frames = packed & (1 << 36) - 1
+    if frames > size // _LEAST_FRAME * _MOST_SAMPLES:  # a damaged header must not size an allocation
+        return None
+    return Header(rate, channels, frames, plain, 0, size)
 
 
 def _wav(head: bytes, size: int) -> Header | None:

@@ -118,12 +118,18 @@ def access_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def _number(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if value != value:
+        raise click.BadParameter("nan: allowed is 0 to 1")
+    return value
+
+
 def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The flags of what reads many clips: how, and what becomes of those that cannot be read."""
     for option in reversed((
         click.option("--workers", type=click.IntRange(min=0), default=None,
-                     help="Threads that read ahead.  [default: by device]"),
-        click.option("--max-bad", type=click.FloatRange(0, 1), default=0.01, show_default=True,
+                     help="Threads that read ahead; 0: none.  [default: by device and cores]"),
+        click.option("--max-bad", type=click.FloatRange(0, 1), default=0.01, show_default=True, callback=_number,
                      help="Share of the clips that may be unreadable; more is an error."),
         click.option("--check-hashes", "check", is_flag=True,
                      help="Compare each clip's samples with the sha256 in the index."),

@@ -57,7 +57,7 @@ def command(
     from clipmill.shards.plan import DEFAULT_ENCODING
     from clipmill.shards.read import Shards
 
-    source = Shards.open(shards)
+    source = Shards.open(shards, ours=True)
     format = format or next(name for name in DEFAULT_ENCODING if name != source.info["spec"]["format"])
     encoding = encoding or DEFAULT_ENCODING[format]
     out = out or source.folder.resolve().parent / f"{format}-{encoding}-{source.sample_rate}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from clipmill.cli import DONE, console
+from clipmill.cli import DONE, DONE_IN_PART, console
 
 
 @click.command("evaluate")
@@ -60,7 +60,7 @@ def command(
 
     place = pick_device(device)
     trained = read_run(run, place, weights)
-    shards = Shards.open(where, cache=cache, settings={"timeout_s": read_timeout})
+    shards = Shards.open(where, cache=cache, settings={"timeout_s": read_timeout}, say=console.say)
     console.say_of(shards)
     clips = len(choose_clips(trained, shards, fold, split, keep)[0])
     with console.progress("scoring", clips, "clips") as update:
@@ -74,7 +74,7 @@ def command(
         console.print_json(figures)
     else:
         _print(figures)
-    return DONE
+    return DONE_IN_PART if figures["unread"] else DONE
 
 
 def _print(figures: dict[str, Any]) -> None:

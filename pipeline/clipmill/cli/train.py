@@ -74,7 +74,7 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, exactly where it was saved last.")
 @console.device_option
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is random."
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of all that is random."
 )
 @console.reading_options
 @click.option(
@@ -157,7 +157,7 @@ def command(
     from clipmill.train.transfer import model_of
 
     place = pick_device(device)
-    shards = Shards.open(where, cache=cache, settings={"timeout_s": read_timeout})
+    shards = Shards.open(where, cache=cache, settings={"timeout_s": read_timeout}, say=console.say)
     console.say_of(shards)
     feed = Feed(
         default_workers(place, far=shards.far) if workers is None else workers, access, buffer, max_bad, check

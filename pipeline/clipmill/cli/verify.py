@@ -54,7 +54,7 @@ def command(
     from clipmill.shards.verify import verify
 
     mended = _repair(Path(shards), root, Limits(clip_timeout, clip_memory), jobs) if repair else None
-    total = len(Shards.open(shards).files)
+    total = len(Shards.open(shards, ours=True).files)
     with console.progress("verify", total, "shards") as update:
         verdict = verify(shards, jobs, update)
     if as_json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from clipmill.loader.batches import Batch, Digest
 from clipmill.loader.choose import SAMPLINGS, choose_sampler
-from clipmill.loader.damage import MAX_BAD, Bad, Damage
+from clipmill.loader.damage import MAX_BAD, Bad, Damage, check_bad
 from clipmill.loader.feed import ACCESSES, Feed
 from clipmill.loader.loader import Loader, WholeClips
 from clipmill.loader.sampler import (
@@ -38,6 +38,7 @@ __all__ = [
     "StreamLoader",
     "Weighted",
     "WholeClips",
+    "check_bad",
     "choose_sampler",
     "inverse_frequency",
     "step_seed",

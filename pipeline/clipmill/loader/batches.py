@@ -43,7 +43,10 @@ class Digest:
     @classmethod
     def of(cls, shards: Shards, batch: Batch) -> Digest:
         """Of a batch on the CPU."""
-        keys = "\n".join(shards.keys_of(batch.rows.numpy()))
+        rows = batch.rows.numpy()
+        keys = "\n".join(
+            f"{part}/{key}" for part, key in zip(shards.set_of[rows], shards.keys_of(rows), strict=True)
+        )
         samples = hashlib.sha256(batch.waves.numpy().data).hexdigest()
         return cls(hashlib.sha256(keys.encode()).hexdigest(), samples)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from clipmill.errors import ShardError
+from clipmill.shards.reader import Unread
 
 MAX_BAD = 0.01
 """Share of the clips that may be unreadable, unless told otherwise."""
+
+
+STORE_REASONS = frozenset({"network", "timeout", "forbidden"})
+"""Reasons that are the store's, and no clip's."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class Bad:
         reason: one of `clipmill.types.REASONS`.
         message: what went wrong, in words.
         instead: key of the clip that stands in for it; None where none does.
+        step: of training, from 1, that it was to be in; None where that is not known.
     """
 
     key: str
@@ -28,6 +34,12 @@ class Bad:
     reason: str
     message: str
     instead: str | None = None
+    step: int | None = None
+
+    @classmethod
+    def of(cls, unread: Unread, instead: str | None = None, step: int | None = None) -> Bad:
+        """From what the reader says."""
+        return cls(unread.key, unread.shard, unread.reason, unread.message, instead, step)
 
     def __str__(self) -> str:
         stand_in = f"; {self.instead} stands in for it" if self.instead else ""
@@ -63,10 +75,20 @@ class Damage:
         for bad in bads:
             self._tell(bad)
             self._found.setdefault((bad.shard, bad.key), bad)
-            if len(self._found) > self._max_bad * self._clips:
-                first = next(iter(self._found.values()))
-                raise ShardError(
-                    f"{len(self._found)} of {self._clips} clips cannot be read, more than --max-bad {self._max_bad:g} "
-                    f"allows; the first: {first}. `pipeline verify` names all damage, a higher --max-bad goes on "
-                    "without them"
-                )
+            check_bad(self.found, self._clips, self._max_bad)
+
+
+def check_bad(found: Sequence[Bad], clips: int, max_bad: float) -> None:
+    """Raise ShardError where so many of `clips` are more than `max_bad` allows; one clip alone is, unless it is 0."""
+    if len(found) > (max(1, max_bad * clips) if max_bad else 0):
+        raise ShardError(
+            f"{len(found)} of {clips} clips cannot be read, more than --max-bad {max_bad:g} allows; the first: "
+            f"{found[0]}. {mend(found[0])}, a higher --max-bad goes on without them"
+        )
+
+
+def mend(bad: Bad | Unread) -> str:
+    """What helps against damage of this kind."""
+    if bad.reason in STORE_REASONS:
+        return "A longer --read-timeout, or the same command with --resume when the store answers again, may help"
+    return "`pipeline verify` names all damage of shards that `pipeline shard` made"

@@ -13,7 +13,7 @@ from clipmill.loader.choose import choose_sampler
 from clipmill.loader.damage import MAX_BAD, Bad
 from clipmill.loader.loader import Loader
 from clipmill.loader.sampler import Sampler
-from clipmill.loader.streaming import StreamLoader
+from clipmill.loader.streaming import BUFFER, StreamLoader, tars_of
 from clipmill.shards.read import Shards
 
 ACCESSES = ("random", "stream")
@@ -34,7 +34,7 @@ class Feed:
 
     workers: int = 0
     access: str = "random"
-    buffer: int = 1000
+    buffer: int = BUFFER
     max_bad: float = MAX_BAD
     check: bool = False
 
@@ -59,7 +59,16 @@ class Feed:
         ):
             if asked:
                 raise ConfigError(f"{flag}: a stream takes clips as they come; --access random does this")
+        tars_of(shards)
         return None
+
+    def check_fit(self, shards: Shards) -> None:
+        """Raise ConfigError where hashes are to be compared that are not known."""
+        unknown = [part.store.place for part in shards.sets if "foreign" in part.info]
+        if self.check and unknown:
+            raise ConfigError(
+                f"--check-hashes: others made {unknown[0]}, and no hashes of its clips are known"
+            )
 
     def loader(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor
 from clipmill.errors import ConfigError, ShardError
 from clipmill.loader.ahead import in_order
 from clipmill.loader.batches import Assembled, Batch, Digest, batch_of
-from clipmill.loader.damage import MAX_BAD, Bad, Damage
+from clipmill.loader.damage import MAX_BAD, STORE_REASONS, Bad, Damage, mend
 from clipmill.loader.device import on_device
 from clipmill.loader.memory import Memory
 from clipmill.loader.sampler import Sampler, Shuffled, crop_starts, rank_positions
@@ -67,7 +67,7 @@ class Loader:
         seed: int = 0,
         crop: int = 0,
         workers: int = 0,
-        device: torch.device = CPU,
+        device: torch.device | str = CPU,
         rank: int = 0,
         ranks: int = 1,
         max_bad: float = MAX_BAD,
@@ -77,15 +77,18 @@ class Loader:
     ) -> None:
         if not len(shards):
             raise ShardError(f"{shards.place}: no clip is left to read")
+        for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("crop", crop, 0)):
+            if value != int(value) or value < least:
+                raise ConfigError(f"{name} {value}: allowed is any whole number from {least} up")
         if not 0 <= rank < ranks:
             raise ConfigError(f"rank {rank} of {ranks}: allowed is 0 to {ranks - 1}")
         rank_positions(0, batch_size, rank, ranks)  # says so now where the ranks cannot share a batch
         self.shards, self.batch_size, self.rank, self.ranks = shards, batch_size, rank, ranks
         self.sampler = Shuffled(len(shards), seed) if sampler is None else sampler
-        self.seed, self.crop, self.workers, self.device = seed, crop, workers, device
+        self.seed, self.crop, self.workers, self.device = seed, crop, workers, torch.device(device)
         self.damage = Damage(len(shards), max_bad, tell)
         self._check, self._watch = check, watch
-        self._memory = Memory(pin=device.type == "cuda")
+        self._memory = Memory(pin=self.device.type == "cuda")
         self._lock = threading.Lock()
         self._blocks: dict[int, NDArray[np.int64]] = {}
 
@@ -101,21 +104,35 @@ class Loader:
         """
         return on_device(self._on_cpu(start, stop), self.device)
 
-    def assemble(self, step: int) -> Assembled:
-        """The batch of a step on the CPU: this rank's part of it.
+    def assemble(self, step: int, ended: threading.Event | None = None) -> Assembled:
+        """The batch of a step on the CPU: this rank's part of it. Once `ended` is set nothing more is tried.
 
         Raises:
-            ShardError: `TRIES` clips in the place of one cannot be read either.
+            ShardError: `TRIES` clips in the place of one cannot be read either, or the store does not answer.
         """
         positions = rank_positions(step, self.batch_size, self.rank, self.ranks)
         rows = self._rows(step)
         lengths = self.shards.samples[rows]
         waves = self._memory.empty(len(rows), self.crop or int(lengths.max()))
-        unread = self._read(positions, rows, waves)
+        missing = {one.place: [one] for one in self._read(positions, rows, waves)}
         bad = []
-        for one in unread:
-            waves, found = self._replace(positions, rows, waves, one)
-            bad.append(found)
+        for attempt in range(1, TRIES + 1):
+            if not missing:
+                break
+            if ended is not None and ended.is_set():
+                raise ShardError("reading was ended")
+            waves = self._replace(attempt, positions, rows, waves, missing)
+            for place in [place for place, unread in missing.items() if len(unread) == attempt]:
+                instead = self.shards.keys_of(rows[place : place + 1])[0]
+                bad += [Bad.of(one, instead, step + 1) for one in missing.pop(place)]
+            _check_answering(missing, len(rows))
+        if missing:
+            first, *_, last = next(iter(missing.values()))
+            raise ShardError(
+                f"{first.shard}: clip {first.key} cannot be read ({first.reason}: {first.message}), nor can {TRIES} "
+                f"others in its place, the last {last.key} in {last.shard} ({last.message}). {mend(first)}; where most "
+                "clips are lost, --max-bad is of no help"
+            )
         lengths = self.shards.samples[rows]
         batch = batch_of(self.shards, rows, waves, np.minimum(lengths, self.crop) if self.crop else lengths)
         digest = None if self._watch is None else Digest.of(self.shards, batch)
@@ -123,12 +140,17 @@ class Loader:
 
     def _on_cpu(self, start: int, stop: int | None) -> Generator[Batch, None, None]:
         steps = itertools.count(start) if stop is None else range(start, stop)
-        with closing(in_order(self.assemble, steps, self.workers)) as assembled:
+        ended = threading.Event()
+        assembled = in_order(partial(self.assemble, ended=ended), steps, self.workers)
+        try:
             for step, made in enumerate(assembled, start):
                 self.damage.note(made.bad)
                 if self._watch is not None and made.digest is not None:
                     self._watch(step, made.digest)
                 yield made.batch
+        finally:
+            ended.set()  # before the threads are waited for
+            assembled.close()
 
     def _rows(self, step: int) -> NDArray[np.int64]:
         """The clips of a step, from a block of steps worked out together: a copy, `[B]`."""
@@ -151,32 +173,49 @@ class Loader:
         return self.shards.read_into(rows, waves.numpy(), starts, check=self._check)
 
     def _replace(
-        self, positions: NDArray[np.int64], rows: NDArray[np.int64], waves: Tensor, one: Unread
-    ) -> tuple[Tensor, Bad]:
-        """Put into the place of an unread clip what another order, derived from the first, has at its position."""
-        here = slice(one.place, one.place + 1)
-        for attempt in range(1, TRIES + 1):
-            rows[here] = self.sampler.other(attempt).rows(positions[here])
-            if missing := max(0, int(self.shards.samples[rows[one.place]]) - waves.shape[1]) * (
-                not self.crop
-            ):
-                waves = self._widened(waves, missing)
-            failed = self._read(positions[here], rows[here], waves[here])
-            if not failed:
-                instead = self.shards.keys_of(rows[here])[0]
-                return waves, Bad(one.key, one.shard, one.reason, one.message, instead)
-        raise ShardError(
-            f"{one.shard}: clip {one.key} cannot be read ({one.reason}: {one.message}), nor can {TRIES} others in its "
-            f"place, the last {failed[0].key} in {failed[0].shard} ({failed[0].message}); `pipeline verify` names all "
-            "damage"
-        )
+        self,
+        attempt: int,
+        positions: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        waves: Tensor,
+        missing: dict[int, list[Unread]],
+    ) -> Tensor:
+        """Put into the places of unread clips what another order, derived from the first, has at their positions.
+
+        What cannot be read either is added to `missing`.
+        """
+        places = np.array(sorted(missing))
+        rows[places] = self.sampler.other(attempt).rows(positions[places])
+        if not self.crop:
+            waves = self._widened(waves, int(self.shards.samples[rows[places]].max()) - waves.shape[1])
+        found = self._memory.empty(len(places), waves.shape[1])
+        failed = self._read(positions[places], rows[places], found)
+        waves[torch.from_numpy(places)] = found
+        for one in failed:
+            missing[int(places[one.place])].append(one)
+        return waves
 
     def _widened(self, waves: Tensor, samples: int) -> Tensor:
         """The same with room for so many more samples of each clip, which are zeros."""
+        if samples <= 0:
+            return waves
         wider = self._memory.empty(len(waves), waves.shape[1] + samples)
         wider[:, : waves.shape[1]] = waves
         wider[:, waves.shape[1] :] = 0
         return wider
+
+
+def _check_answering(missing: dict[int, list[Unread]], clips: int) -> None:
+    """Raise ShardError where a whole batch, and others in its clips' places, fail for the store's sake."""
+    tried = min(map(len, missing.values()), default=0)
+    if len(missing) < clips or tried < (3 if clips == 1 else 2):
+        return
+    if all(one.reason in STORE_REASONS for unread in missing.values() for one in unread):
+        first = next(iter(missing.values()))[0]
+        raise ShardError(
+            f"{first.shard}: the store does not answer: clip {first.key} cannot be read ({first.reason}: "
+            f"{first.message}), nor can any other of {clips} clips or of those in their places. {mend(first)}"
+        )
 
 
 class WholeClips:
@@ -225,12 +264,13 @@ class WholeClips:
                 if len(made.batch.rows):
                     yield made.batch
 
-    def _assemble(self, rows: NDArray[np.int64]) -> Assembled:
+    def _assemble(self, part: NDArray[np.int64]) -> Assembled:
+        rows = part.copy()  # it goes to whoever takes the batch
         lengths = self.shards.samples[rows]
         waves = self._memory.empty(len(rows), int(lengths.max()))
         unread = self.shards.read_into(rows, waves.numpy(), check=self._check)
         if unread:
             kept = np.setdiff1d(np.arange(len(rows)), [one.place for one in unread])
             rows, lengths, waves = rows[kept], lengths[kept], waves[torch.from_numpy(kept)]
-        bad = tuple(Bad(one.key, one.shard, one.reason, one.message) for one in unread)
+        bad = tuple(map(Bad.of, unread))
         return Assembled(batch_of(self.shards, rows, waves, lengths), bad)

@@ -161,7 +161,7 @@ class StreamLoader:
         unread = self.shards.decode_into(rows, [clip.data for clip in clips], waves.numpy())
         batch = batch_of(self.shards, rows, waves, lengths)
         digest = None if self._watch is None else Digest.of(self.shards, batch)
-        bad = tuple(Bad(one.key, one.shard, one.reason, one.message) for one in unread)
+        bad = tuple(map(Bad.of, unread))
         places = {one.place for one in unread}
         good = [clip for place, clip in enumerate(clips) if place not in places]
         return Assembled(batch, bad, digest), good
@@ -218,8 +218,11 @@ class StreamLoader:
         reason, why = "corrupt", "its shard ends before it"
         try:
             with opened(tar.part.store, tar.name) as file:
-                for member in tar_file_iterator(file, skip_meta=None, select_files=wanted.__contains__):
-                    yield _Clip(wanted.pop(member["fname"]), member["data"])
+                chosen = tar_file_iterator(
+                    file, skip_meta=None, select_files=lambda name: _plain(name) in wanted
+                )
+                for member in chosen:
+                    yield _Clip(wanted.pop(_plain(member["fname"])), member["data"])
         except ReadFailure as error:
             reason, why = error.reason, _said(error)
         except OSError as error:
@@ -294,6 +297,11 @@ def tars_of(shards: Shards) -> list[_Tar]:
 
 def _next_of(lane: Iterator[_Clip | Bad | None]) -> list[_Clip | Bad | None]:
     return list(itertools.islice(lane, _AT_ONCE))
+
+
+def _plain(name: str) -> str:
+    """A member's name as the index has it: what is no UTF-8 comes from tarfile otherwise."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _said(error: Exception) -> str:

@@ -33,7 +33,7 @@ def plot_shards(where: str | Path, path: Path, seed: int = 0, *, keep: str | Non
         ShardError: there are no shards, `keep` keeps none, or a clip that is drawn cannot be read.
         ConfigError: `keep` cannot be read, or the file's ending is not one that can be drawn.
     """
-    shards = Shards.open(where)
+    shards = Shards.open(where, ours=True)
     if keep is not None:
         shards = shards.where(keep)
     if path.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):

@@ -79,7 +79,7 @@ def convert(
         RunError: worker processes were lost, again and again.
     """
     out = out.resolve()  # as workers elsewhere must have it
-    source = Shards.open(Path(where).resolve() if Path(where).exists() else where)
+    source = Shards.open(Path(where).resolve() if Path(where).exists() else where, ours=True)
     if not source.whole:
         raise ConfigError(f"{where}: some shards of {source.folder}; allowed is the whole folder")
     if out.resolve() == source.folder.resolve():

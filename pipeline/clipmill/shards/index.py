@@ -101,6 +101,7 @@ class Columns:
     def __init__(self, indexes: Sequence[Index], rows: NDArray[np.int64] | None = None) -> None:
         self.indexes, self.rows = tuple(indexes), rows
         self._taken: dict[str, pa.ChunkedArray] = {}
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"indexes": self.indexes, "rows": self.rows}
@@ -123,9 +124,10 @@ class Columns:
         """A column at the chosen rows, `[clips]`."""
         if self.rows is None:
             return self._whole(name)
-        if name not in self._taken:
-            self._taken[name] = _take(self._whole(name), self.rows)
-        return self._taken[name]
+        with self._lock:
+            if name not in self._taken:
+                self._taken[name] = _take(self._whole(name), self.rows)
+            return self._taken[name]
 
     def at(self, name: str, rows: NDArray[np.integer]) -> list[Any]:
         """A column's values at a few of the rows, without taking all of the chosen ones."""

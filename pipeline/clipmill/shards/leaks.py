@@ -64,7 +64,7 @@ class Collection:
         seen: set[tuple[Path, str]] = set()
         twice = 0
         for where in wheres:
-            shards = Shards.open(where)
+            shards = Shards.open(where, ours=True)
             folder = shards.folder.resolve()
             files = [name for name in dict.fromkeys(shards.files) if (folder, name) not in seen]
             twice += len(shards.files) - len(files)

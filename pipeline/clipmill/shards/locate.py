@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pyarrow.compute as pc
 from braceexpand import braceexpand
 from numpy.typing import NDArray
 
-from clipmill.errors import ShardError
+from clipmill.errors import ConfigError, ShardError
 from clipmill.shards.account import DATASET_FILE, INDEX_FILE, read_dataset
 from clipmill.shards.foreign.indexing import index_foreign
 from clipmill.shards.foreign.scan import HDF5_SUFFIXES
@@ -24,13 +26,17 @@ _ENDINGS = (".tar", *HDF5_SUFFIXES)
 
 
 def open_set(
-    where: str, cache: Path | None, settings: dict[str, Any] | None
+    where: str,
+    cache: Path | None,
+    settings: dict[str, Any] | None,
+    ours: bool,
+    say: Callable[[str], None],
 ) -> tuple[ShardSet, NDArray[np.int64]]:
     """One set, and which rows of its index are of the shards asked for; see `Shards.open`."""
     folder, names = _resolve(where)
     store = open_store(folder, cache=cache, settings=settings)
     if not store.exists(DATASET_FILE):
-        return _open_foreign(store, names)
+        return _open_foreign(store, names, ours, say)
     info = read_dataset(store.local(DATASET_FILE).parent)
     if not store.exists(INDEX_FILE):
         raise ShardError(
@@ -42,6 +48,8 @@ def open_set(
         raise ShardError(
             f"{folder}: index.parquet has the label {min(strange)!r}, which dataset.json does not"
         )
+    if store.near and not ours:
+        info = {**info, "notes": _changed(store, info["shards"], names)}
     known = [shard["shard"] for shard in info["shards"]]
     if names is None:
         return ShardSet(store, info, index, tuple(known)), np.arange(index.num_rows)
@@ -51,7 +59,23 @@ def open_set(
     return ShardSet(store, info, index, tuple(names)), rows
 
 
-def _open_foreign(store: Store, names: list[str] | None) -> tuple[ShardSet, NDArray[np.int64]]:
+def _changed(store: Store, entries: list[dict[str, Any]], names: list[str] | None) -> list[str]:
+    """What is to be said of shards that are gone, or of another size than was recorded."""
+    wanted = {entry["shard"]: entry["bytes"] for entry in entries if names is None or entry["shard"] in names}
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(store.place) if entry.name in wanted}
+    bad = sorted(name for name, size in wanted.items() if sizes.get(name) != size)
+    if not bad:
+        return []
+    found = (
+        f"of {sizes[bad[0]]} bytes where {wanted[bad[0]]} are recorded" if bad[0] in sizes else "not there"
+    )
+    more = f", and {len(bad) - 1} more are gone or of another size" if len(bad) > 1 else ""
+    return [f"{store.path(bad[0])}: is {found}{more}; `pipeline verify --repair` mends them"]
+
+
+def _open_foreign(
+    store: Store, names: list[str] | None, ours: bool, say: Callable[[str], None]
+) -> tuple[ShardSet, NDArray[np.int64]]:
     """Shards without a dataset.json: others made them, or nothing is there, or ours are not finished."""
     if store.exists(PLAN_FILE):
         raise ShardError(
@@ -63,7 +87,12 @@ def _open_foreign(store: Store, names: list[str] | None) -> tuple[ShardSet, NDAr
         raise ShardError(
             f"{store.place}: holds no {DATASET_FILE}, and no {' or '.join(_ENDINGS)} either; `pipeline shard` makes one"
         )
-    found = index_foreign(store, names)
+    if ours:
+        raise ShardError(
+            f"{store.place}: holds no {DATASET_FILE}, for others made these shards: they can be trained on, scored and "
+            "timed (`pipeline bench loader`), and this command wants what `pipeline shard` makes"
+        )
+    found = index_foreign(store, names, say=say)
     return (
         ShardSet(store, {**found.info, "notes": list(found.notes)}, found.index, tuple(names)),
         np.arange(found.index.num_rows),
@@ -74,6 +103,10 @@ def _resolve(where: str) -> tuple[str, list[str] | None]:
     """The folder of the shards, and the file names asked for (None: all of them)."""
     if not _is_url(where) and Path(where).is_dir():
         return where, None
+    if where.startswith(("http://", "https://")) and "?" in where:
+        raise ConfigError(
+            f"{where}: has a query; allowed are plain addresses, for what lies beside a shard is read too"
+        )
     try:
         paths = list(braceexpand(where))
     except ValueError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from clipmill.errors import ShardError
-from clipmill.shards.account import DATASET_FILE
 from clipmill.shards.index import Columns, Index
 from clipmill.shards.locate import open_set
 from clipmill.shards.places import ShardSet
@@ -34,13 +34,19 @@ class Shards:
         sample_rate: Hz.
     """
 
-    def __init__(self, sets: Sequence[ShardSet], rows: NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self,
+        sets: Sequence[ShardSet],
+        rows: NDArray[np.int64] | None = None,
+        labels: Sequence[str] | None = None,
+    ) -> None:
         self.sets = tuple(sets)
         self.columns = Columns([part.index for part in self.sets], rows)
-        self.labels = list(dict.fromkeys(label for part in self.sets for label in part.info["labels"]))
+        own = dict.fromkeys(label for part in self.sets for label in part.info["labels"])
+        self.labels = list(own) if labels is None else list(labels)
         self.reader = Reader(self.sets)
-        self._kept: dict[str, NDArray[Any]] = {}
-        self._index: pa.Table | None = None
+        self._kept: dict[str, Any] = {}
+        self._lock = threading.RLock()
 
     @classmethod
     def open(
@@ -49,13 +55,15 @@ class Shards:
         *,
         cache: Path | None = None,
         settings: dict[str, Any] | None = None,
+        ours: bool = False,
+        say: Callable[[str], None] = lambda text: None,
     ) -> Shards:
         """Open one set of shards, or several as one.
 
         A set is a folder of shards, one shard, or a brace range such as `a/b-{000000..000012}.tar`, here or at
         a URL that fsspec knows (s3://bucket/folder). Shards that others made are indexed first; `notes` says
         what that came to. `cache` is a folder that keeps what is read of far shards; `settings` are those of
-        `stores.open_store`.
+        `stores.open_store`. `ours` refuses what others made; `say` hears how the indexing of it goes.
 
         Raises:
             ShardError: nothing is there, a set is not finished, or sets differ in their sample rate.
@@ -65,7 +73,7 @@ class Shards:
         wheres = [where] if isinstance(where, str | Path) else list(where)
         sets, firsts, chosen = [], 0, []
         for one in wheres:
-            part, rows = open_set(str(one), cache, settings)
+            part, rows = open_set(str(one), cache, settings, ours, say)
             sets.append(part)
             chosen.append(rows + firsts)
             firsts += part.index.num_rows
@@ -87,16 +95,25 @@ class Shards:
         return self.columns.num_rows
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"sets": self.sets, "rows": self.columns.rows}
+        return {"sets": self.sets, "rows": self.columns.rows, "labels": self.labels}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
     def take(self, rows: NDArray[np.integer] | Sequence[int]) -> Shards:
-        """The clips at these rows, in this order."""
-        taken = Shards(self.sets, self.columns.take(np.asarray(rows, np.int64)).rows)
+        """The clips at these rows, in this order; or those where a mask `[clips]` is true."""
+        chosen = np.asarray(rows)
+        if chosen.dtype == bool:
+            chosen = np.flatnonzero(chosen)
+        taken = Shards(self.sets, self.columns.take(chosen.astype(np.int64)).rows, self.labels)
         taken.reader = self.reader  # what it knows of files and places serves both
         return taken
+
+    def with_labels(self, labels: Sequence[str]) -> Shards:
+        """The same clips with these classes, which must hold all of theirs: those of a run over more sets."""
+        same = Shards(self.sets, self.columns.rows, labels)
+        same.reader = self.reader
+        return same
 
     def where(self, text: str) -> Shards:
         """The clips that fulfil an expression such as `silent < 0.9 and duration_s >= 1`, in the order they have.
@@ -126,9 +143,7 @@ class Shards:
     @property
     def index(self) -> pa.Table:
         """All columns of the index at the clips chosen; kept once asked for, which of millions is much."""
-        if self._index is None:
-            self._index = self.columns.table()
-        return self._index
+        return self._once("index", self.columns.table)
 
     @property
     def _only(self) -> ShardSet:
@@ -160,10 +175,7 @@ class Shards:
     def info(self) -> dict[str, Any]:
         """What dataset.json of the only set says; raises ShardError where there are several, or none of ours."""
         if "foreign" in self._only.info:
-            raise ShardError(
-                f"{self.place}: has no {DATASET_FILE}, for others made these shards: they can be trained on, scored "
-                "and timed (`pipeline bench loader`), and this command wants what `pipeline shard` makes"
-            )
+            raise ShardError(f"{self.place}: has no dataset.json, for others made these shards")
         return self._only.info
 
     @property
@@ -191,6 +203,14 @@ class Shards:
         """The hash of all that the shards hold; of several sets that of their hashes."""
         roots = [part.info["root_sha256"] for part in self.sets]
         return roots[0] if len(roots) == 1 else hashlib.sha256("".join(roots).encode()).hexdigest()
+
+    @property
+    def some_files(self) -> list[list[str] | None] | None:
+        """For each set the shards that were asked for, None for all; None where all were of every set."""
+        some = [
+            None if len(part.files) == len(part.info["shards"]) else list(part.files) for part in self.sets
+        ]
+        return None if not any(some) else some
 
     @property
     def sample_rate(self) -> int:
@@ -225,7 +245,10 @@ class Shards:
     @property
     def groups(self) -> pa.ChunkedArray:
         """`[clips]`: what must not straddle folds; the clip's own key where no group is given."""
-        return pc.coalesce(self.columns["group"], self.columns["key"])
+        keys = self.columns["key"]
+        if len(self.sets) > 1:  # of one name they may still be different clips
+            keys = pc.binary_join_element_wise(pa.array(self.set_of.astype(str), pa.string()), keys, "/")
+        return pc.coalesce(self.columns["group"], keys)
 
     @property
     def label_counts(self) -> NDArray[np.int64]:
@@ -235,21 +258,12 @@ class Shards:
     @property
     def label_ids(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Class ids `[entries]`, and `[clips + 1]`: clip k has those from the k-th place on, up to the next one's."""
-        if "ids" not in self._kept:
-            ids, firsts = self._all_label_ids()
-            rows = self.columns.rows
-            if rows is not None:
-                ids, counts = _entries_of(ids, firsts, rows)
-                firsts = np.concatenate([[0], np.cumsum(counts)])
-            self._kept["ids"], self._kept["firsts"] = ids, firsts
-        return self._kept["ids"], self._kept["firsts"]
+        return self._once("label_ids", self._label_ids)
 
     @property
     def targets(self) -> NDArray[np.float32]:
         """`[clips, classes]`: 1 where a clip has a class, else 0. Of millions of clips take `targets_of` some."""
-        if "targets" not in self._kept:
-            self._kept["targets"] = self.targets_of(np.arange(len(self)))
-        return self._kept["targets"]
+        return self._once("targets", lambda: self.targets_of(np.arange(len(self))))
 
     def targets_of(self, rows: NDArray[np.integer]) -> NDArray[np.float32]:
         """`[rows, classes]`: 1 where a clip has a class, else 0."""
@@ -337,19 +351,32 @@ class Shards:
         chosen = np.asarray(rows, np.int64)
         return chosen if self.columns.rows is None else self.columns.rows[chosen]
 
-    def _all_label_ids(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """`label_ids` of all clips of all sets."""
+    def _label_ids(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         place = {name: number for number, name in enumerate(self.labels)}
         parts = [part.index.label_lists() for part in self.sets]
-        ids = [np.array([place[name] for name in names], np.int32)[codes] for codes, _, names in parts]
-        counts = [np.diff(firsts) for _, firsts, _ in parts]
-        return np.concatenate(ids), np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+        ids = np.concatenate(
+            [np.array([place[n] for n in names], np.int32)[codes] for codes, _, names in parts]
+        )
+        counts = np.concatenate([np.diff(firsts) for _, firsts, _ in parts])
+        firsts = np.concatenate([[0], np.cumsum(counts)])
+        if self.columns.rows is not None:
+            ids, counts = _entries_of(ids, firsts, self.columns.rows)
+            firsts = np.concatenate([[0], np.cumsum(counts)])
+        return ids, firsts
 
     def _column(self, name: str, null: Any = None) -> NDArray[Any]:
-        if name not in self._kept:
-            column = self.columns[name] if null is None else pc.fill_null(self.columns[name], null)
-            self._kept[name] = column.to_numpy()
-        return self._kept[name]
+        def made() -> NDArray[Any]:
+            column = self.columns[name]
+            return (column if null is None else pc.fill_null(column, null)).to_numpy()
+
+        return self._once(name, made)
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once: threads that ask together would each hold a copy."""
+        with self._lock:
+            if name not in self._kept:
+                self._kept[name] = make()
+            return self._kept[name]
 
 
 def _entries_of(

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from numpy.typing import NDArray
 
 from clipmill.audio import decode_flac_into, prepare_bytes, to_int16
 from clipmill.audio.header import read_header
-from clipmill.errors import DecodeError
+from clipmill.errors import DecodeError, ShardError
 from clipmill.shards.places import Job, Places, ShardSet
 from clipmill.stores import ReadFailure
 
 _HEAD = 512  # bytes of a sound file that hold its header
 _FLAC_TOTAL, _FLAC_TOTAL_BITS = slice(21, 26), (1 << 36) - 1  # STREAMINFO's count of samples (RFC 9639, 8.2)
+_HDF5_FILES = 32  # that only the library reads, kept open
 _HDF5_LOCK = threading.Lock()  # the library lets one thread in at a time, and some builds crash when two try
 
 
@@ -44,7 +46,7 @@ class Reader:
         self._places: list[Places | None] = [None] * len(self.sets)
         self._lock = threading.Lock()
         self._local = threading.local()
-        self._hdf5: dict[tuple[int, str, str], Any] = {}
+        self._hdf5: dict[tuple[int, str], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"sets": self.sets}
@@ -115,11 +117,17 @@ class Reader:
             total = int.from_bytes(data[_FLAC_TOTAL], "big") & _FLAC_TOTAL_BITS
             if total != job.samples:
                 raise DecodeError("corrupt", f"{total} samples where the index says {job.samples}")
-            if not check:
-                decode_flac_into(data, job.target, job.start)
-                return
-            samples = np.empty(job.samples, np.int16)
-            decode_flac_into(data, samples)
+            try:
+                if not check:
+                    decode_flac_into(data, job.target, job.start, job.samples)
+                    return
+                samples = np.empty(job.samples, np.int16)
+                decode_flac_into(data, samples)
+            except DecodeError:
+                if "foreign" not in part.info:
+                    raise
+                # Others' encoders make what dr_flac does not know; what is damaged libsndfile refuses too.
+                samples = prepare_bytes(bytes(data), part.info["spec"]["sample_rate"])[: job.samples]
         else:
             samples = prepare_bytes(bytes(data), part.info["spec"]["sample_rate"])
         self._fill(part, job, samples, check)
@@ -131,13 +139,12 @@ class Reader:
             DecodeError: it is damaged there.
             ReadFailure: the shard is not there.
         """
+        path = self._hdf5_path(part, job.name)
         with _HDF5_LOCK:
             try:
-                file = self._hdf5_file(part, job.name)
+                file = self._hdf5_file(path)
                 found = file["waveform" if "waveform" in file else "flac"][part.index["row"][job.row].as_py()]
-            except ReadFailure:
-                raise
-            except (OSError, KeyError, ValueError, IndexError) as error:
+            except (OSError, KeyError, ValueError, IndexError, RuntimeError) as error:
                 raise DecodeError("corrupt", str(error)) from error
         if found.dtype == np.uint8:
             return prepare_bytes(found.tobytes(), part.info["spec"]["sample_rate"])
@@ -157,8 +164,10 @@ class Reader:
 
     def hdf5_item(self, row: int, name: str, field: str, place: int) -> Any:
         """One item of a field of the HDF5 shard called `name` in the set of `row`; raises what h5py does."""
+        part = self._set_of(row)
+        path = self._hdf5_path(part, name)
         with _HDF5_LOCK:
-            return self._hdf5_file(self._set_of(row), name)[field][place]
+            return self._hdf5_file(path)[field][place]
 
     def close(self) -> None:
         """Close the files that this process opened."""
@@ -216,12 +225,25 @@ class Reader:
     def _set_of(self, row: int) -> ShardSet:
         return self.sets[int(np.searchsorted(self.firsts, row, "right")) - 1]
 
-    def _hdf5_file(self, part: ShardSet, name: str) -> Any:
+    def _hdf5_path(self, part: ShardSet, name: str) -> Path:
+        """Where the shard is on this machine, copied first where it is far: the library must wait for no store."""
+        try:
+            return part.store.local(name)
+        except ShardError as error:
+            raise (
+                error.__cause__
+                if isinstance(error.__cause__, ReadFailure)
+                else ReadFailure("missing", str(error))
+            ) from error
+
+    def _hdf5_file(self, path: Path) -> Any:
         import h5py
 
-        key = (os.getpid(), part.store.place, name)  # a forked process must not share its parent's handles
+        key = (os.getpid(), str(path))  # a forked process must not share its parent's handles
         if key not in self._hdf5:
-            self._hdf5[key] = h5py.File(part.store.open(name), "r")
+            if len(self._hdf5) == _HDF5_FILES:
+                self._hdf5.pop(next(iter(self._hdf5))).close()
+            self._hdf5[key] = h5py.File(path, "r")
         return self._hdf5[key]
 
 
@@ -230,9 +252,10 @@ def _told(unread: list[Unread], part: ShardSet, job: Job) -> Iterator[None]:
     """Whatever keeps this clip from being read goes on the list."""
     try:
         yield
-    except (ReadFailure, DecodeError) as error:
+    except (OSError, DecodeError) as error:
+        reason = getattr(error, "reason", "unreadable")
         shard, key = part.store.path(job.name), part.index["key"][job.row].as_py()
-        unread.append(Unread(job.place, key, shard, error.reason, str(error).removeprefix(f"{shard}: ")))
+        unread.append(Unread(job.place, key, shard, reason, str(error).removeprefix(f"{shard}: ")))
 
 
 def _bare(file: bytes) -> memoryview:

@@ -32,7 +32,7 @@ def summarize(where: str | Path, keep: str | None = None) -> dict[str, Any]:
         ConfigError: `keep` cannot be read.
         ShardError: there are no shards, or no index, or `keep` keeps no clip.
     """
-    shards = everything = Shards.open(where)
+    shards = everything = Shards.open(where, ours=True)
     if keep is not None:
         shards = everything.where(keep)
     index, info = shards.index, shards.info

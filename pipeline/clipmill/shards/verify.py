@@ -45,7 +45,7 @@ def verify(
     Raises:
         ShardError: there are no shards, or no index.
     """
-    shards = Shards.open(where)
+    shards = Shards.open(where, ours=True)
     listed = {entry["shard"]: entry for entry in shards.info["shards"]}
     asked = sorted(shards.files)
     rows = rows_by_value(shards.index["shard"].to_numpy())

@@ -8,12 +8,11 @@ import shutil
 import struct
 import warnings
 import zlib
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from clipmill.stores.store import Descriptor, keep_open
+from clipmill.stores.store import OPEN_FILES, Descriptor
 
 _RECORD = struct.Struct("<QQI")  # offset, length, crc32 of the bytes
 
@@ -21,8 +20,8 @@ _STRIDE = 32
 """Bytes of a shard for each byte of its sums. In a tar at least 1024 lie between the begins of two clips, so that
 their records never meet; where they do in other files, one clip is fetched anew."""
 
-_SHARE = 0.9
-"""Of the disk's free space, where no limit is given."""
+_LEFT = 0.1
+"""Of the disk, where no limit is given: so much of it stays free."""
 
 
 class _Kept(NamedTuple):
@@ -39,14 +38,15 @@ class ClipCache:
     in one piece, and where the two do not agree (torn, flipped, not yet there) the bytes are fetched anew. Where
     the limit or the disk is reached, filling stops for good, with one warning; reading goes on.
 
-    `limit` is in bytes of disk, for all of `folder`; None: nine tenths of what is free when filling begins.
+    `limit` is in bytes of disk, for all of `folder`; None: until a tenth of the disk is left.
     `part` is the folder within it that is this cache's own.
     """
 
     def __init__(self, folder: Path, part: str, limit: int | None = None) -> None:
         self._folder, self._limit = folder, limit
         self._budget, self._stopped = 0, False
-        self._kept = keep_open(partial(_open, folder / part), files=2)
+        self._part = folder / part
+        self._ready: set[tuple[str, str]] = set()
 
     def read(self, shard: str, version: str, offset: int, length: int) -> bytes | None:
         """The bytes, where they are kept and whole."""
@@ -84,30 +84,34 @@ class ClipCache:
 
     def close(self) -> None:
         """Close the files that this process opened."""
-        self._kept.cache_clear()
+        OPEN_FILES.close(os.path.join(self._part, ""))
+
+    def _kept(self, shard: str, version: str) -> _Kept:
+        """The two files of a shard; those of versions that the server has replaced go."""
+        folder = self._part / f"{quote(shard, safe='')}.clips"
+        names = (version, f"{version}.sums")
+        if (shard, version) not in self._ready:
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.iterdir():
+                if old.name not in names:
+                    old.unlink(missing_ok=True)
+            self._ready.add((shard, version))
+        return _Kept(*(OPEN_FILES.get(str(folder / name), os.O_RDWR | os.O_CREAT) for name in names))
 
     def _take_room(self, size: int) -> None:
         """Raise OSError where `size` more bytes do not fit. Others fill the folder too: it is counted now and then."""
         if size > self._budget:
-            used = sum(map(_bytes_of, self._folder.rglob("*")))
             if self._limit is None:
-                self._limit = used + int(_SHARE * shutil.disk_usage(self._folder).free)
-            if size > self._limit - used:
-                raise OSError(errno.EDQUOT, f"its limit of {self._limit} bytes is reached")
-            self._budget = max((self._limit - used) // 4, size)
+                self._folder.mkdir(parents=True, exist_ok=True)
+                disk = shutil.disk_usage(self._folder)
+                left, why = disk.free - int(_LEFT * disk.total), f"less than {_LEFT:.0%} of its disk is free"
+            else:
+                left = self._limit - sum(map(_bytes_of, self._folder.rglob("*")))
+                why = f"its limit of {self._limit} bytes is reached"
+            if size > left:
+                raise OSError(errno.EDQUOT, why)
+            self._budget = max(left // 4, size)
         self._budget -= size
-
-
-def _open(part: Path, shard: str, version: str) -> _Kept:
-    folder = part / f"{quote(shard, safe='')}.clips"
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = _Kept(
-        *(Descriptor(folder / name, os.O_RDWR | os.O_CREAT) for name in (version, f"{version}.sums"))
-    )
-    for old in folder.iterdir():
-        if old.name not in (version, f"{version}.sums"):  # of a shard that the server has replaced
-            old.unlink(missing_ok=True)
-    return kept
 
 
 def _bytes_of(path: Path) -> int:

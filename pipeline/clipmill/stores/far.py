@@ -97,7 +97,7 @@ class FarStore:
             except OSError as error:
                 raise ShardError(
                     f"{path}: no copy of {self.path(name)} can be made there ({error.strerror}); "
-                    "CLIPMILL_CACHE names another folder"
+                    f"{'--cache' if self.keeps else 'CLIPMILL_CACHE'} names another folder"
                 ) from error
             for old in self._copies.glob(f"*/{glob.escape(path.name)}"):
                 if old != path:
@@ -213,7 +213,10 @@ class FarStore:
     def _connected(self) -> Transport:
         with self._lock:
             if self._transport is None:
-                self._transport = connect(self.place, self._settings)
+                try:
+                    self._transport = connect(self.place, self._settings)
+                except OSError as error:
+                    raise ShardError(str(failure_of(error, self.place))) from error
             return self._transport
 
 

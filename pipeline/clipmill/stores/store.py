@@ -5,20 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import resource
-from collections.abc import Callable, Sequence
-from functools import _lru_cache_wrapper, lru_cache
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
-from weakref import WeakSet
+from typing import Any, BinaryIO, Protocol
 
 from clipmill.errors import ShardError
 
 MOST_OPEN = 512
-"""Shards of one folder that a process keeps open; never more than half of what it may open at all."""
-
-
-_T = TypeVar("_T")
-_kept: WeakSet[_lru_cache_wrapper[Any]] = WeakSet()
+"""Shards that a process keeps open; never more than half of what it may open at all."""
 
 
 class ReadFailure(OSError):
@@ -93,7 +89,7 @@ def open_store(where: str, *, cache: Path | None = None, settings: dict[str, Any
 
     Nothing is looked up yet. `cache` is a folder that keeps what `fetch` brings from afar. `settings` are for far
     stores: `timeout_s`, within which a clip's bytes must come, all tries together (30); `cache_bytes`, the most that
-    `cache` may hold (nine tenths of the disk's free space); all others go to fsspec's file system, as `endpoint_url`
+    `cache` may hold (all but the last tenth of its disk); all others go to fsspec's file system, as `endpoint_url`
     does to s3fs.
 
     Raises:
@@ -121,14 +117,13 @@ class Descriptor:
 
     number = -1
 
-    def __init__(self, path: str | Path, flags: int = os.O_RDONLY) -> None:
+    def __init__(self, path: str, flags: int) -> None:
         try:
             self.number = os.open(path, flags | os.O_CLOEXEC, 0o666)
         except OSError as error:
             if error.errno != errno.EMFILE:
                 raise
-            for kept in list(_kept):  # several folders together came to the process's limit
-                kept.cache_clear()
+            OPEN_FILES.close("")  # others in this process have as many as it may
             self.number = os.open(path, flags | os.O_CLOEXEC, 0o666)
 
     def __del__(self) -> None:
@@ -136,13 +131,43 @@ class Descriptor:
             os.close(self.number)
 
 
-def keep_open(make: Callable[..., _T], files: int = 1) -> _lru_cache_wrapper[_T]:
-    """`make`, which opens so many files, with what it made last kept; of all such, `Descriptor` closes at need."""
-    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    most = MOST_OPEN if allowed == resource.RLIM_INFINITY else min(MOST_OPEN, allowed // 2)
-    kept = lru_cache(max(most // files, 1))(make)
-    _kept.add(kept)
-    return kept
+class OpenFiles:
+    """The files that this process keeps open, of all stores together: those used last, and half of what it may."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[tuple[str, int], Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    def get(self, path: str, flags: int = os.O_RDONLY) -> Descriptor:
+        """The file, opened where it is not yet; raises OSError."""
+        with self._lock:
+            if (path, flags) in self._files:
+                self._files.move_to_end((path, flags))
+                return self._files[path, flags]
+        opened = Descriptor(path, flags)
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        most = MOST_OPEN if allowed == resource.RLIM_INFINITY else min(MOST_OPEN, allowed // 2)
+        with self._lock:
+            self._files[path, flags] = opened
+            dropped = [self._files.popitem(last=False)[1] for _ in range(len(self._files) - most)]
+        del dropped  # closed without the lock
+        return opened
+
+    def close(self, folder: str) -> None:
+        """Let go of the files under a folder."""
+        with self._lock:
+            mine = [key for key in self._files if key[0].startswith(folder)]
+            dropped = [self._files.pop(key) for key in mine]
+        del dropped
+
+    def _after_fork(self) -> None:
+        # Positioned reads share no state, so a forked process may use its parent's descriptors; not a lock that
+        # another thread held.
+        self._lock = threading.Lock()
+
+
+OPEN_FILES = OpenFiles()
 
 
 class NearStore:
@@ -152,8 +177,6 @@ class NearStore:
 
     def __init__(self, place: str) -> None:
         self.place = place
-        # Positioned reads share no state, so a forked process may use its parent's descriptors too.
-        self._opened = keep_open(lambda name: Descriptor(os.path.join(place, name)))
 
     def __reduce__(self) -> tuple[type[NearStore], tuple[str]]:
         return NearStore, (self.place,)
@@ -197,7 +220,7 @@ class NearStore:
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
         """See `Store`."""
         try:
-            file = self._opened(name)
+            file = OPEN_FILES.get(self.path(name))
             return os.preadv(file.number, buffers, offset)
         except OSError as error:
             raise self._failure(name, error) from error
@@ -208,11 +231,11 @@ class NearStore:
 
     def close(self) -> None:
         """See `Store`."""
-        self._opened.cache_clear()
+        OPEN_FILES.close(os.path.join(self.place, ""))
 
     def _fetch(self, name: str, offset: int, length: int) -> bytes | ReadFailure:
         try:
-            file = self._opened(name)
+            file = OPEN_FILES.get(self.path(name))
             data = os.pread(file.number, length, offset)
         except OSError as error:
             return self._failure(name, error)

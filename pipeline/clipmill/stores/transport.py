@@ -123,6 +123,10 @@ class Http(Transport):
     """A folder of a web server. fsspec's own `_info` calls every failure "not found", and its `_cat_file` takes
     a whole shard for an answer, so this asks itself, by fsspec's session."""
 
+    def __init__(self, place: str, settings: dict[str, Any]) -> None:
+        super().__init__(place, settings)
+        self._marks: dict[str, str] = {}
+
     async def stat(self, name: str) -> Stat:
         """See `Transport`: by a request for the first byte, whose answer says of how many it is one."""
         async with await self._get(name, 0, 1) as answer:
@@ -143,6 +147,9 @@ class Http(Transport):
             answer.raise_for_status()
             if answer.status != 206 and (offset, length) != (0, answer.content_length):
                 raise _no_ranges()
+            mark = next((answer.headers[key] for key in _VERSIONS if key in answer.headers), "")
+            if self._marks.setdefault(name, mark) != mark:
+                raise ReadFailure("corrupt", "was replaced on the server since it was first read")
             return await answer.read()
 
     async def names(self) -> list[str]:

@@ -33,7 +33,7 @@ CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pt", "best.s
 BATCHES = "batches.jsonl"
 
 FREE = frozenset({
-    *("shards", "device", "workers", "versions", "allow_leak", "recipe.name", "recipe.model"),
+    *("shards", "dataset", "device", "workers", "versions", "allow_leak", "recipe.name", "recipe.model"),
     *(f"init.{field}" for field in ("from", "bytes", "weights", "matched", "parameters", "head")),
 })  # fmt: skip
 """Fields of config.json that a resumed run may change: they decide no number, or another field says the same."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from clipmill.augment import to_float
-from clipmill.errors import TrainError
-from clipmill.loader import Bad, Feed, WholeClips
+from clipmill.errors import ShardError, TrainError
+from clipmill.loader import Bad, Feed, WholeClips, check_bad
 from clipmill.shards.read import Shards
 from clipmill.train.checkpoint import Run
 from clipmill.train.device import SECONDS_AT_ONCE
@@ -60,12 +60,13 @@ def score_clips(
     `model` must be in evaluation mode.
 
     Raises:
-        ShardError: more clips than `feed.max_bad` allows cannot be read.
+        ShardError: none of the clips can be read.
         TrainError: the network's answers are not finite.
     """
     most = SECONDS_AT_ONCE[device.type] * shards.sample_rate
+    # Whoever asks decides what to do about clips that cannot be read, once all that can be scored is.
     clips = WholeClips(
-        shards, most, workers=feed.workers, device=device, max_bad=feed.max_bad, check=feed.check, tell=tell
+        shards, most, workers=feed.workers, device=device, max_bad=1.0, check=feed.check, tell=tell
     )
     rows: list[NDArray[np.int64]] = []
     found: list[NDArray[np.float32]] = []
@@ -78,6 +79,10 @@ def score_clips(
             total += float(clip_loss(logits, batch.targets, loss)) * len(batch.rows)
             done += len(batch.rows)
             update(done, "")
+    if not found:
+        raise ShardError(
+            f"none of the {len(shards)} clips to score can be read; the first: {clips.damage.found[0]}"
+        )
     scores = np.concatenate(found)
     if not np.isfinite(scores).all():
         raise TrainError(
@@ -112,11 +117,13 @@ def evaluate_run(
         ShardError: more clips than `feed.max_bad` allows cannot be read.
         TrainError: the shards do not fit the run, no clip is chosen, or one is longer than the network takes.
     """
-    check_fit(run, shards)
+    feed.check_fit(shards)
+    shards = fitting(run, shards)
     rows, what = choose_clips(run, shards, fold, split, where)
     chosen = shards.take(rows)
     check_heard(run.model, run.features, int(chosen.samples.max()), f"the longest clip of {what}")
     scored = score_clips(run.model, run.features, chosen, run.loss, device, feed, update, tell)
+    check_bad(scored.unread, len(chosen), feed.max_bad)
     figures = measure_scores(chosen.targets_of(scored.rows), scored.scores, run.labels, run.loss)
     return {
         "run": str(run.folder),
@@ -125,6 +132,7 @@ def evaluate_run(
         "shards": shards.place,
         "scored": what,
         "unread": len(scored.unread),
+        "unread_clips": [asdict(bad) for bad in scored.unread],
         "loss": scored.loss,
         "main_figure": main_figure(run.loss),
         "confusions": confusions(figures, run.labels),
@@ -132,13 +140,17 @@ def evaluate_run(
     }
 
 
-def check_fit(run: Run, shards: Shards) -> None:
-    """Raise TrainError unless the shards have the run's classes and sample rate."""
-    if shards.labels != run.labels:
+def fitting(run: Run, shards: Shards) -> Shards:
+    """The shards with the run's classes, of which they may have some, in any order.
+
+    Raises:
+        TrainError: they have classes that the run does not know, or another sample rate.
+    """
+    if not set(shards.labels) <= set(run.labels):
         unknown = sorted(set(shards.labels) - set(run.labels))
         lacking = sorted(set(run.labels) - set(shards.labels))
         sides = (("unknown to the run", unknown), ("lacking", lacking))
-        parts = [f"{what}: {_few(names)}" for what, names in sides if names] or ["another order"]
+        parts = [f"{what}: {_few(names)}" for what, names in sides if names]
         raise TrainError(
             f"{shards.place}: its {len(shards.labels)} classes are not the {len(run.labels)} that {run.folder} "
             f"was trained on ({'; '.join(parts)}); give --shards of the same dataset"
@@ -148,6 +160,7 @@ def check_fit(run: Run, shards: Shards) -> None:
             f"{shards.place}: is at {shards.sample_rate} Hz, while {run.folder} was trained at {run.sample_rate} Hz; "
             f"make shards with `pipeline shard --sample-rate {run.sample_rate}`"
         )
+    return shards.with_labels(run.labels)
 
 
 def choose_clips(
@@ -156,7 +169,7 @@ def choose_clips(
     """The rows to score, and what they are in words; raises TrainError when there are none."""
     if fold is None and split is None:
         held = run.config["held_out"]
-        same = shards.root_sha256 == run.config["root_sha256"]
+        same = (shards.root_sha256, shards.some_files) == (run.config["root_sha256"], run.config.get("files"))
         if held["by"] == "groups" and not same:
             raise TrainError(
                 f"{shards.place}: {run.folder} held out some groups of other shards; say which clips to score "

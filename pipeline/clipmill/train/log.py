@@ -83,7 +83,7 @@ class Log:
 
     def bad(self, bad: Bad) -> None:
         """One line of kind `bad` for a clip that cannot be read; the first few are said aloud too."""
-        row = {"kind": "bad", "step": self._step, **asdict(bad)}
+        row = {"kind": "bad", **asdict(bad), "step": bad.step or self._step}
         self._file.write(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n")
         self._file.flush()
         self._told += 1

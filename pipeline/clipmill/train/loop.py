@@ -22,7 +22,7 @@ from clipmill import __version__
 from clipmill.augment import crop, mix_between_class, mix_standard, specaugment, to_float
 from clipmill.errors import ConfigError, TrainError
 from clipmill.features import FrontEnd
-from clipmill.loader import NO_PROMISE, Bad, Batch, Feed, Sampler, step_seed
+from clipmill.loader import NO_PROMISE, Bad, Batch, Feed, Sampler, check_bad, step_seed
 from clipmill.shards.read import Shards
 from clipmill.stores import Store
 from clipmill.train import checkpoint
@@ -109,6 +109,7 @@ def plan_run(
     """
     if len(shards.labels) < 2:
         raise TrainError(f"{shards.place}: has {len(shards.labels)} class; a tagger needs at least two")
+    feed.check_fit(shards)
     split = choose_split(shards, fold, seed, allow_leak=allow_leak, where=where)
     clips = shards.take(split.train)
     sampler = feed.sampler(clips, recipe.sampling, seed, set_weights)
@@ -119,6 +120,7 @@ def plan_run(
         "dataset": shards.name,
         "shards": [_absolute(part.store) for part in shards.sets],
         "root_sha256": shards.root_sha256,
+        "files": shards.some_files,
         "clips": {"train": len(split.train), "held_out": len(split.held_out)},
         "held_out": {"by": split.by, "value": split.value},
         "where": where,
@@ -226,13 +228,15 @@ def train(
             saving = evaluating or stopping or (save_every is not None and done % save_every == 0)
             log.train(done, loss, rate, look=saving)
             if evaluating:
-                last = _evaluate(plan, ema.module, features, held_out, log.bad, done)
+                last, unread = _evaluate(plan, ema.module, features, held_out, log.bad, done)
                 log.evaluation(last)
                 if best is None or _main(last) > _main(best):
                     best = last
                     checkpoint.save_best(out, ema.module.state_dict(), step=done)
             if saving:
                 checkpoint.save_last(out, _state(done, model, ema, optimizer, best, last))
+            if evaluating:  # now that nothing is lost by it
+                check_bad(unread, len(held_out), plan.feed.max_bad)
             update(done, _facts(log.loss, last))
             if stopping:
                 return Outcome(done, False, done - start, best, last)
@@ -313,15 +317,16 @@ def _evaluate(
     held_out: Shards,
     tell: Callable[[Bad], None],
     step: int,
-) -> dict[str, Any]:
-    """The figures of the averaged weights on the clips held out, whole, without the tables."""
+) -> tuple[dict[str, Any], list[Bad]]:
+    """The figures of the averaged weights on the clips held out, whole, without the tables; and those not read."""
     loss = plan.config["loss"]
     scored = score_clips(model, features, held_out, loss, plan.device, plan.feed, tell=tell)
     targets = held_out.targets_of(scored.rows)
     figures = measure_scores(targets, scored.scores, plan.shards.labels, loss)
     short = {name: value for name, value in figures.items() if not isinstance(value, list)}
     unread = len(scored.unread)
-    return {"step": step, "main_figure": main_figure(loss), "loss": scored.loss, "unread": unread, **short}
+    figures = {"step": step, "main_figure": main_figure(loss), "loss": scored.loss, "unread": unread, **short}
+    return figures, scored.unread
 
 
 def _main(figures: dict[str, Any]) -> float:

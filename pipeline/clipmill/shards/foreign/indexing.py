@@ -7,6 +7,8 @@ import io
 import json
 import os
 import tempfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +37,8 @@ CLASSES_FILE = "classes.txt"
 _VERSION = 1  # of what is kept; another is made anew
 _JOBS = 8  # shards scanned at once: it is mostly waiting
 _DECODED_BY_ONE = 100  # clips that are not worth another process
+_NAMED = 10  # clips that are left out for one reason
+_SAY_EVERY_S = 5.0
 _TOLD = 20  # notes of one set
 
 
@@ -47,11 +51,13 @@ class Foreign:
     known ("") and no quality column (nan, or null), so that `--where` on one of these keeps nothing.
     info: name, labels, spec (sample_rate in Hz, encoding), shards (shard, bytes, written), root_sha256, foreign.
     notes: lines for a person: what was assumed, and what was left out and why.
+    passing: whether something was left out that may be there in a minute, so that this is not to be kept.
     """
 
     index: Index
     info: dict[str, Any]
     notes: tuple[str, ...]
+    passing: bool = False
 
 
 def index_foreign(
@@ -88,46 +94,51 @@ def index_foreign(
         more = f"; and {len(lost) - 3} more like these" if len(lost) > 3 else ""
         raise ShardError(f"{what}{more}; wanted are plain tars or HDF5 files of sounds")
     found = _index(store, parts)
-    # A shard that is lost now may be there in a minute.
-    return found if lost else _keep(kept, found)
+    return found if found.passing else _keep(kept, found)
 
 
 def _scan_all(
     store: Store, names: Sequence[str], classes: Sequence[str], say: Callable[[str], None], jobs: int
 ) -> list[Scanned]:
     parts: list[Scanned] = []
-    clips = 0
+    say(f"{store.place}: indexing {len(names)} shards of others, which is kept for the next time")
+    clips, ended, told = 0, threading.Event(), time.monotonic()
     pool = ThreadPoolExecutor(jobs, "scan")
     try:
-        for part in pool.map(partial(_scan, store, classes), names):
+        for part in pool.map(partial(_scan, store, classes, ended), names):
             parts.append(part)
             clips += part.table.num_rows
-            say(f"{store.path(part.shard)}: indexed ({len(parts)} of {len(names)} shards, {clips} clips)")
+            if time.monotonic() - told > _SAY_EVERY_S:
+                told = time.monotonic()
+                say(f"{store.place}: indexed {len(parts)} of {len(names)} shards, {clips} clips so far")
     finally:
+        ended.set()  # before the threads are waited for
         pool.shutdown(cancel_futures=True)
     return parts
 
 
-def _scan(store: Store, classes: Sequence[str], name: str) -> Scanned:
+def _scan(store: Store, classes: Sequence[str], ended: threading.Event, name: str) -> Scanned:
     try:
-        with _open(store, name) as file:
+        with _open(store, name, ended) as file:
             return scan(file, name, classes)
     except OSError as error:
-        raise ShardError(f"{store.path(name)}: cannot be read: {error}") from error
+        path = store.path(name)
+        raise ShardError(f"{path}: cannot be read: {str(error).removeprefix(f'{path}: ')}") from error
 
 
-def _open(store: Store, name: str) -> BinaryIO:
-    """A shard to be scanned; of a far tar nothing comes but what is asked for."""
+def _open(store: Store, name: str, ended: threading.Event) -> BinaryIO:
+    """A shard to be scanned; of a far tar nothing comes but what is asked for, and nothing once `ended` is set."""
     if store.near or name.endswith(HDF5_SUFFIXES):
         return store.open(name)
-    return cast("BinaryIO", _Stretches(store, name))
+    return cast("BinaryIO", _Stretches(store, name, ended))
 
 
 class _Stretches(io.RawIOBase):
     """A far file of which each `read` is one request of just so many bytes."""
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: Store, name: str, ended: threading.Event) -> None:
         self._store, self._name, self._size, self._at = store, name, store.size(name), 0
+        self._ended = ended
 
     def seek(self, at: int, whence: int = os.SEEK_SET) -> int:
         self._at = at + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
@@ -136,6 +147,8 @@ class _Stretches(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         left = max(self._size - self._at, 0)
         size = left if size < 0 else min(size, left)
+        if self._ended.is_set():
+            raise ReadFailure("unreadable", "the scan was ended")
         data = self._store.fetch([(self._name, self._at, size)])[0] if size else b""
         if isinstance(data, ReadFailure):
             raise data
@@ -159,7 +172,7 @@ def _index(store: Store, parts: Sequence[Scanned]) -> Foreign:
     clips = clips.append_column("shard", pa.chunked_array(shards)).append_column(
         "row", [np.concatenate(rows)]
     )
-    clips, lines = _decoded(store, clips)
+    clips, lines, passing = _decoded(store, clips)
     if not clips.num_rows:
         raise ShardError(f"{store.place}: none of its sounds can be decoded: {'; '.join(lines)}")
     clips, more = own_keys(clips)
@@ -186,7 +199,7 @@ def _index(store: Store, parts: Sequence[Scanned]) -> Foreign:
         "root_sha256": hash_of(table),
         "foreign": True,
     }
-    return Foreign(Index(table), info, (*notes, *lines, *more, *less))
+    return Foreign(Index(table), info, (*notes, *lines, *more, *less), passing)
 
 
 def _counted(store: Store, parts: Sequence[Scanned]) -> list[str]:
@@ -206,11 +219,14 @@ def _counted(store: Store, parts: Sequence[Scanned]) -> list[str]:
     return lines[:_TOLD] + ([f"{len(lines) - _TOLD} more notes"] if len(lines) > _TOLD else [])
 
 
-def _decoded(store: Store, clips: pa.Table) -> tuple[pa.Table, list[str]]:
-    """The clips with rate, channels and frames: by decoding, where no header said. Those that fail are left out."""
+def _decoded(store: Store, clips: pa.Table) -> tuple[pa.Table, list[str], bool]:
+    """The clips with rate, channels and frames: by decoding, where no header said. Those that fail are left out.
+
+    Beside them lines for a person, and whether some failed for the store's sake.
+    """
     unknown = np.flatnonzero(pc.is_null(clips["frames"]).to_numpy())
     if not len(unknown):
-        return clips, []
+        return clips, [], False
     some = clips.take(pa.array(unknown)).select(["shard", "offset", "length"]).to_pylist()
     units = [some[first : first + _DECODED_BY_ONE] for first in range(0, len(some), _DECODED_BY_ONE)]
     jobs = min(len(units), len(os.sched_getaffinity(0)))
@@ -229,9 +245,16 @@ def _decoded(store: Store, clips: pa.Table) -> tuple[pa.Table, list[str]]:
         clips = clips.set_column(
             clips.column_names.index(name), name, pa.array(values, kind, from_pandas=True)
         )
-    reasons = Counter(one for one in found if isinstance(one, str))
+    lost = [
+        (one, clips["key"][row].as_py())
+        for row, one in zip(unknown.tolist(), found, strict=True)
+        if isinstance(one, str)
+    ]
+    reasons = Counter(reason for reason, _ in lost)
     lines = [
-        f"{store.place}: {count} clips are left out: {reason} ({REASONS[reason]})"
+        f"{store.place}: {count} clips are left out: {reason} ({REASONS[reason]}): "
+        + ", ".join([key for why, key in lost if why == reason][:_NAMED])
+        + (" ..." if count > _NAMED else "")
         for reason, count in reasons.items()
     ]
     decoded = len(found) - reasons.total()
@@ -239,7 +262,8 @@ def _decoded(store: Store, clips: pa.Table) -> tuple[pa.Table, list[str]]:
         lines.append(
             f"{store.place}: {decoded} clips were decoded once, as their headers do not say how long they are"
         )
-    return clips.filter(pc.is_valid(clips["frames"])), lines
+    passing = not reasons.keys().isdisjoint(("network", "timeout"))
+    return clips.filter(pc.is_valid(clips["frames"])), lines, passing
 
 
 def _decode_some(store: Store, clips: list[dict[str, Any]]) -> list[tuple[int, int, int] | str]:
@@ -248,7 +272,8 @@ def _decode_some(store: Store, clips: list[dict[str, Any]]) -> list[tuple[int, i
     for clip in clips:
         data = store.fetch([(clip["shard"], clip["offset"], clip["length"])])[0]
         if isinstance(data, ReadFailure):
-            raise ShardError(str(data))
+            found.append(data.reason)
+            continue
         with tempfile.NamedTemporaryFile() as file:
             file.write(data)
             file.flush()

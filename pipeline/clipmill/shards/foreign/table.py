@@ -19,6 +19,7 @@ an extension is a sound file to be decoded, mixed, resampled and padded; "hdf5" 
 being `row`."""
 
 _MANY_CLASSES = 1000
+_FEW = 100  # clips, of which each may have a class of its own
 
 _UNKNOWN = {
     "sha256": "",
@@ -92,7 +93,8 @@ def at_rate(clips: pa.Table, rate: int, path: Callable[[str], str]) -> pa.Table:
 def class_names(table: pa.Table, declared: list[str]) -> tuple[list[str], pa.Table, list[str]]:
     """Names of the classes: as the shards order them, then by number, then by name; and the index with no others."""
     found = set(pc.unique(pc.list_flatten(table["labels"])).to_pylist()) - set(declared)
-    if len(found) > max(_MANY_CLASSES, table.num_rows // 2):
+    rows = table.num_rows
+    if len(found) > max(_MANY_CLASSES, rows // 2) or len(found) > max(_FEW, 0.9 * rows):
         none = pa.array([[]] * table.num_rows, FOREIGN_INDEX.field("labels").type)
         table = table.set_column(table.column_names.index("labels"), FOREIGN_INDEX.field("labels"), none)
         what = (
