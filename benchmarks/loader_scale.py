@@ -27,6 +27,7 @@ CLIPS, CLASSES, PER_SHARD, STEPS = 2_084_320, 527, 1024, 200
 CHILD = """
 import json, resource, sys, time
 import numpy as np, pyarrow.parquet
+from concurrent.futures import ThreadPoolExecutor
 from clipmill import tables
 from clipmill.shards.read import Shards
 where, sampling, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -51,6 +52,8 @@ started = time.perf_counter()
 for step in range(1, steps):
     rows = sampler.rows(np.arange(32 * step, 32 * step + 32))
     shards.targets_of(rows)
+with ThreadPoolExecutor(8) as pool:                  # as many as read ahead: none may hold copies of its own
+    list(pool.map(lambda _: (shards.samples, shards.label_ids, shards.read_into(rows, out)), range(8)))
 print(json.dumps({"start_s": started - began, "step_ms": 1e3 * (time.perf_counter() - started) / steps,
                   "memory": peak() - imported, "clips": len(shards)}))
 """

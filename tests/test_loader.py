@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
-from clipmill.errors import ConfigError, ShardError
+from clipmill.audio import decode_flac_into, encode
+from clipmill.errors import ConfigError, DecodeError, ShardError
 from clipmill.loader import (
     Bad,
     Balanced,
@@ -35,7 +41,8 @@ from clipmill.loader.loader import TRIES
 from clipmill.loader.sampler import crop_starts
 from clipmill.shards.convert import convert
 from clipmill.shards.read import Shards
-from conftest import REPO
+from clipmill.train.split import choose_split
+from conftest import REPO, sound
 from misbehaving import Body, Misbehaving, Reset, Stall, Status
 from test_train import CLASSES, RATE, shards_of
 
@@ -351,6 +358,122 @@ def test_a_changed_sample_is_noticed_by_its_hash_where_the_encoding_has_no_check
         noticed = check or layout[1] == "flac"
         assert found is not noticed
         assert [bad.key for bad in loader.damage.found] == (three.keys_of(np.array([0])) if noticed else [])
+
+
+def test_no_flipped_bit_of_flac_passes_wherever_the_crop_is():
+    rng = np.random.default_rng(0)
+    wave = (sound(2.0, RATE) * 20000).astype(np.int16)
+    data = encode(wave, RATE, "flac")
+    told = 0
+    for _ in range(400):
+        harmed = bytearray(data)
+        harmed[rng.integers(60, len(data))] ^= 1 << rng.integers(8)
+        start = int(rng.integers(0, len(wave) - 8000))
+        out = np.empty(8000, np.int16)
+        try:
+            decode_flac_into(bytes(harmed), out, start, len(wave))
+        except DecodeError:
+            told += 1
+        else:
+            np.testing.assert_array_equal(out, wave[start : start + 8000])
+    assert told > 150
+
+
+def test_two_sets_of_others_whose_keys_are_the_same_numbers_are_no_leak(tmp_path):
+    for name, split in (("a", "train"), ("b", "test")):
+        (tmp_path / name).mkdir()
+        with tarfile.open(tmp_path / name / "x.tar", "w") as tar:
+            for number in range(6):
+                audio = encode((sound(1.0, RATE, seed=number) * 9000).astype(np.int16), RATE, "flac")
+                facts = json.dumps({"label": CLASSES[number % 3], "split": split}).encode()
+                for suffix, data in (("flac", audio), ("json", facts)):
+                    info = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    both = Shards.open([tmp_path / "a", tmp_path / "b"])
+    assert len(set(both.groups.to_pylist())) == 12
+    split = choose_split(both, None, 0)
+    assert (split.train.tolist(), split.held_out.tolist()) == (list(range(6)), list(range(6, 12)))
+    with pytest.raises(ShardError, match=r"others made these shards: they can be trained on"):
+        Shards.open(tmp_path / "a", ours=True)
+
+
+def test_threads_that_ask_together_get_one_and_the_same(easy):
+    shards = Shards.open(easy)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: (shards.samples, shards.label_ids, shards.columns["key"]), range(8)))
+    assert all(one[0] is found[0][0] and one[1] is found[0][1] for one in found)
+
+
+def test_a_mask_takes_the_clips_where_it_is_true(easy):
+    shards = Shards.open(easy)
+    mask = shards.folds == 2
+    assert shards.take(mask).keys_of(np.arange(mask.sum())) == shards.keys_of(np.flatnonzero(mask))
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"workers": -1}, {"crop": -5}, {"crop": 0.5}])
+def test_what_a_loader_cannot_be_given_is_said(easy, wrong):
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(ConfigError, match=f"{name} {value}: allowed is any whole number from"):
+        Loader(Shards.open(easy), **{"batch_size": 4, **wrong})
+
+
+FEW_FILES = """
+import resource, sys
+import numpy as np
+from clipmill.loader import WholeClips
+from clipmill.shards.read import Shards
+shards = Shards.open(sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (70, 70))
+clips = WholeClips(shards, 8000, workers=2, max_bad=0.0)
+assert sum(len(batch.rows) for batch in clips.batches()) == len(shards)
+"""
+
+
+def test_more_shards_of_several_folders_and_kinds_than_files_may_be_open_are_read(tmp_path):
+    """Compressed HDF5, which the library opens, and two folders of tars."""
+    for folder in ("one", "two", "packed"):
+        (tmp_path / folder).mkdir()
+    wave = (sound(0.5, 8000) * 9000).astype(np.int16)
+    for number in range(45):
+        audio = encode(wave, 8000, "flac")
+        for folder in ("one", "two"):
+            with tarfile.open(tmp_path / folder / f"{number:03d}.tar", "w") as tar:
+                info = tarfile.TarInfo(f"k{number}.flac")
+                info.size = len(audio)
+                tar.addfile(info, io.BytesIO(audio))
+        with h5py.File(tmp_path / "packed" / f"{number:03d}.h5", "w") as file:
+            file["audio_name"] = np.array([f"h{number}".encode()])
+            file.create_dataset("waveform", data=wave[None], compression="gzip")
+            file.attrs["sample_rate"] = 8000
+    command = [sys.executable, "-c", FEW_FILES, *(str(tmp_path / name) for name in ("one", "two", "packed"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_far_store_that_answers_nothing_any_more_is_named_within_two_time_limits(easy):
+    with Misbehaving(b"") as web:
+        for path in easy.iterdir():
+            web.behave(path.name, Body(path.read_bytes(), "application/octet-stream"))
+        batches = Loader(Shards.open(web.url(""), settings={"timeout_s": 1.0}), 6, max_bad=1.0).batches()
+        next(batches)
+        for path in easy.glob("*.tar"):
+            web.behave(path.name, Status(503))
+        with pytest.raises(
+            ShardError, match=r"the store does not answer: .*network.*--read-timeout.*--resume"
+        ):
+            next(batches)
+
+
+def test_a_shard_that_is_gone_or_of_another_size_is_said_when_it_is_opened(easy, tmp_path):
+    where = Path(shutil.copytree(easy, tmp_path / "shards"))
+    assert Shards.open(where).notes == []
+    cut(where / "easy-all-000001.tar")
+    (where / "easy-all-000002.tar").unlink()
+    (note,) = Shards.open(where).notes
+    assert re.search(
+        r"easy-all-000001.tar: is of \d+ bytes where \d+ are recorded, and 1 more are gone", note
+    )
 
 
 def test_what_is_scored_is_what_can_be_read(easy, tmp_path):

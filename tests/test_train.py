@@ -23,15 +23,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from clipmill import tables
+from clipmill.cli.evaluate import command as evaluate_command
 from clipmill.errors import ConfigError, ShardError, TrainError
 from clipmill.features import FrontEnd
 from clipmill.loader import Feed, Loader
+from clipmill.shards.convert import convert
 from clipmill.shards.job import make_shards
 from clipmill.shards.plan import ShardSpec
 from clipmill.shards.read import Shards
-from clipmill.train.checkpoint import read_last
+from clipmill.train.checkpoint import read_last, read_run
 from clipmill.train.device import pick_device
 from clipmill.train.ema import Ema, decay_at
+from clipmill.train.evaluate import evaluate_run
 from clipmill.train.loop import Outcome, Plan, plan_run, prepare, train
 from clipmill.train.objective import choose_loss, clip_loss
 from clipmill.train.recipes import RECIPES, Recipe, choose_recipe, describe, learning_rate_at
@@ -79,7 +82,7 @@ def easy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shards_of(tmp_path_factory.mktemp("easy"))
 
 
-def plan_of(where: Path, recipe: Recipe = TINY, **options: Any) -> Plan:
+def plan_of(where: Path | list[Any], recipe: Recipe = TINY, **options: Any) -> Plan:
     return plan_run(Shards.open(where), recipe, CPU, **options)
 
 
@@ -308,6 +311,56 @@ def test_a_damaged_shard_is_named_with_the_clip_whatever_the_workers(easy, tmp_p
         shard.write_bytes(b"\0" * shard.stat().st_size)
     with pytest.raises(ShardError, match=r"\.tar: clip clip-\d+ cannot be read"):
         train(plan, tmp_path / "run")
+
+
+def test_clips_held_out_that_cannot_be_read_end_a_run_only_when_it_is_saved_and_are_in_no_figure(
+    easy, tmp_path
+):
+    where = Path(shutil.copytree(easy, tmp_path / "shards"))
+    shards = Shards.open(where)
+    held = np.flatnonzero(shards.folds == 1)
+    for row in held[:2].tolist():
+        shard, offset, length = (shards.columns[name][row].as_py() for name in ("shard", "offset", "length"))
+        with open(where / shard, "r+b") as file:
+            file.seek(offset + length // 2)
+            file.write(bytes(50))
+    with pytest.raises(ShardError, match=r"2 of 6 clips cannot be read, more than --max-bad 0.01 allows"):
+        train(plan_of(where, fold=1), tmp_path / "run")
+    assert read_last(tmp_path / "run")["step"] == 2
+    plan = plan_of(where, fold=1, feed=Feed(max_bad=0.5))
+    assert train(plan, tmp_path / "run", resume=True).done
+    assert [(row["clips"], row["unread"]) for row in lines(tmp_path / "run", "eval")] == [(4, 2), (4, 2)]
+    asked = [str(tmp_path / "run"), "--shards", str(where), "--device", "cpu", "--max-bad", "0.5"]
+    assert evaluate_command.main(asked, standalone_mode=False) == 3
+    bad = lines(tmp_path / "run", "bad")
+    assert sorted({row["key"] for row in bad}) == sorted(shards.keys_of(held[:2]))
+    assert {row["step"] for row in bad} == {2, 4}
+
+
+def test_a_run_is_resumed_and_scored_with_the_shards_that_it_was_begun_with_alone(easy, tmp_path):
+    first, second = (str(easy / f"easy-all-00000{number}.tar") for number in (0, 1))
+    recipe = replace(TINY, steps=2)
+    train(plan_of([first], recipe, fold=1), tmp_path / "run")
+    with pytest.raises(TrainError, match=r"begun otherwise: .*files was"):
+        train(plan_of([second], recipe, fold=1), tmp_path / "run", resume=True)
+
+
+def test_a_run_over_several_sets_is_scored_on_each_alone_and_in_any_order(easy, tmp_path):
+    labels = [["hum"], ["horn"], ["hiss", "horn"]] * 4
+    other = shards_of(tmp_path / "other", 12, labels=labels, fold=[1, 2, 3, 4] * 3)
+    train(plan_of([easy, other], fold=1), tmp_path / "run")
+    run = read_run(tmp_path / "run", CPU)
+    whole = evaluate_run(run, Shards.open([easy, other]), CPU)
+    turned = evaluate_run(run, Shards.open([other, easy]), CPU)
+    assert (turned["map"], turned["clips"]) == (pytest.approx(whole["map"]), whole["clips"])
+    assert evaluate_run(run, Shards.open(other), CPU)["clips"] == 3
+    assert evaluate_run(run, Shards.open(easy), CPU)["clips"] == 6
+
+
+def test_a_stream_of_what_is_no_tar_leaves_nothing_in_the_way(easy, tmp_path):
+    convert(easy, tmp_path / "h5", "hdf5")
+    with pytest.raises(ConfigError, match="--access stream reads tars alone"):
+        plan_of(tmp_path / "h5", fold=1, feed=Feed(access="stream"))
 
 
 def test_a_model_that_is_none_is_refused_before_anything_is_written(easy, tmp_path):
