@@ -122,21 +122,16 @@ class Columns:
 
     def __getitem__(self, name: str) -> pa.ChunkedArray:
         """A column at the chosen rows, `[clips]`."""
-        if self.rows is None:
-            return self._whole(name)
         with self._lock:
             if name not in self._taken:
-                self._taken[name] = _take(self._whole(name), self.rows)
+                whole = _joined([index.read(name) for index in self.indexes])
+                self._taken[name] = whole if self.rows is None else _take(whole, self.rows)
             return self._taken[name]
 
     def at(self, name: str, rows: NDArray[np.integer]) -> list[Any]:
         """A column's values at a few of the rows, without taking all of the chosen ones."""
         places = np.asarray(rows, np.int64) if self.rows is None else self.rows[rows]
-        return self._whole(name).take(pa.array(places)).to_pylist()
-
-    def _whole(self, name: str) -> pa.ChunkedArray:
-        chunks = [chunk for index in self.indexes for chunk in index[name].chunks]
-        return pa.chunked_array(chunks, self.indexes[0][name].type)
+        return _joined([index[name] for index in self.indexes]).take(pa.array(places)).to_pylist()
 
     def table(self) -> pa.Table:
         """All columns at the chosen rows."""
@@ -161,6 +156,10 @@ def _coded_lists(parts: Iterable[pa.Table]) -> tuple[NDArray[np.int32], NDArray[
             codes.append(np.array(own, np.int32)[found.indices.to_numpy()])
             counts.append(pc.list_value_length(lists).to_numpy().astype(np.int64))
     return np.concatenate(codes), np.cumsum(np.concatenate(counts)), list(places)
+
+
+def _joined(columns: list[pa.ChunkedArray]) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)
 
 
 def _take(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> pa.ChunkedArray:

@@ -132,7 +132,8 @@ class Shards:
 
     def fulfilling(self, text: str) -> NDArray[np.bool_]:
         """`[clips]`: whether a clip fulfils an expression; raises ConfigError where that cannot be read."""
-        return np.asarray(matching(self.columns, text))
+        # Columns of its own: those that are only asked about here are not to be kept.
+        return np.asarray(matching(Columns(self.columns.indexes, self.columns.rows), text))
 
     def light(self) -> Shards:
         """The same clips, knowing of the dataset only what reading them takes: for a worker among thousands."""
