@@ -13,7 +13,7 @@ from clipmill.audio.content import content_sha256
 from clipmill.audio.convert import pad_to_seconds, resample, to_int16
 from clipmill.audio.cut import CUT_SUFFIXES, Cut, cut
 from clipmill.audio.decode import DECODERS, decode
-from clipmill.audio.encode import ENCODINGS, SUFFIXES, codec_versions, decode_bytes, encode
+from clipmill.audio.encode import ENCODINGS, SUFFIXES, codec_versions, encode
 from clipmill.audio.measure import measure
 from clipmill.audio.stored import decode_flac_into
 from clipmill.errors import DecodeError
@@ -29,7 +29,6 @@ __all__ = [
     "content_sha256",
     "cut",
     "decode",
-    "decode_bytes",
     "decode_flac_into",
     "encode",
     "measure",

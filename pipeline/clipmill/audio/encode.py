@@ -1,16 +1,15 @@
-"""int16 samples to the bytes kept in shards, and back."""
+"""int16 samples to the bytes kept in shards."""
 
 from __future__ import annotations
 
 import io
-import re
 from importlib.metadata import version
 
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from clipmill.errors import ConfigError, DecodeError
+from clipmill.errors import ConfigError
 
 ENCODINGS = ("flac", "pcm16")
 """flac: lossless, about half the bytes. pcm16: a plain WAV, no decoding at all."""
@@ -43,19 +42,6 @@ def encode(samples: NDArray[np.int16], rate: int, encoding: str) -> bytes:
     ) as file:
         file.write(samples)
     return buffer.getvalue()
-
-
-def decode_bytes(data: bytes) -> tuple[NDArray[np.int16], int]:
-    """Decode a FLAC or WAV file made by `encode` to int16 `[samples]` and its rate in Hz.
-
-    Raises:
-        DecodeError: the bytes are damaged.
-    """
-    try:
-        samples, rate = soundfile.read(io.BytesIO(data), dtype="int16")
-    except (soundfile.SoundFileError, RuntimeError) as error:
-        raise DecodeError("corrupt", re.sub(r"^Error opening <.*?>: ", "", str(error))) from error
-    return samples, rate
 
 
 def codec_versions() -> dict[str, str]:
