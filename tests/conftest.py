@@ -35,6 +35,11 @@ LONGEST = (
     "test_repair",
     "test_leaks",
     "test_real_clips",
+    "test_train",
+    "test_resume",
+    "test_loader",
+    "test_store",
+    "test_export",
 )
 """Files that take half a minute and more."""
 

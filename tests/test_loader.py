@@ -559,7 +559,7 @@ def resident():
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 found = []
-for step, batch in enumerate(Loader(Shards.open(sys.argv[1]), 8, workers=2, crop=8000).batches(0, 1000)):
+for step, batch in enumerate(Loader(Shards.open(sys.argv[1]), 8, workers=2, crop=8000).batches(0, 600)):
     if step % 100 == 99:
         found.append(resident())
 print(json.dumps(found))
@@ -571,7 +571,7 @@ def test_memory_is_flat_over_many_epochs(easy):
         [sys.executable, "-c", FLAT, str(easy)], capture_output=True, text=True, check=True, timeout=200
     )
     found = json.loads(done.stdout)
-    assert max(found[4:]) - found[3] < 4e6  # bytes, of 8,000 clips read
+    assert max(found[2:]) - found[1] < 4e6  # bytes, of 4,800 clips read
 
 
 # The device

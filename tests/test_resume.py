@@ -9,13 +9,16 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from clipmill.loader import Loader
+from clipmill.shards.read import Shards
 from conftest import Bucket
-from test_train import command, shards_of, signal_after_first_save, start
+from test_train import RATE, command, plan_of, shards_of, signal_after_first_save, start
 
 
 @pytest.fixture(scope="module")
@@ -29,30 +32,29 @@ def seen(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(easy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What a run sees that nothing befalls: training, 16 steps of 4 clips."""
-    out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    process = start(*command(easy, out, "--log-batches"))
-    assert process.wait(timeout=120) == 0, process.communicate()
-    steps = seen(out)
-    assert [row["step"] for row in steps] == list(range(1, 17))
+def undisturbed(easy: Path) -> list[dict[str, Any]]:
+    """What the run of `command` sees where nothing befalls it: the first 16 steps of 4 clips."""
+    steps: list[dict[str, Any]] = []
+    clips = plan_of(easy, fold=1).clips
+    loader = Loader(
+        clips, 4, crop=RATE, watch=lambda step, found: steps.append({"step": step + 1, **asdict(found)})
+    )
+    assert len(list(loader.batches(0, 16))) == 16
     assert len({row["samples"] for row in steps}) == 16
     return steps
 
 
-@pytest.mark.parametrize(("store", "before", "after"), [("here", 1, 0), ("s3", 2, 1)])
-def test_a_killed_training_run_goes_on_with_the_very_batches(
-    easy, undisturbed, bucket: Bucket, tmp_path, store, before, after
+def test_a_killed_training_run_goes_on_with_the_very_batches_here_or_from_afar(
+    easy, undisturbed, bucket: Bucket, tmp_path
 ):
-    where = bucket.fill(easy) if store == "s3" else easy
     # More steps, so that there is something left to be killed; all but the first 16 do not matter here.
     flags = ("--log-batches", "--steps", "400", "--eval-every", "400")
-    killed = start(*command(where, tmp_path, *flags, "--workers", str(before)))
+    killed = start(*command(bucket.fill(easy), tmp_path, *flags, "--workers", "2"))
     signal_after_first_save(tmp_path, killed, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     with open(tmp_path / "batches.jsonl", "a") as file:
         file.write('{"keys": "half a li')
-    resumed = start(*command(where, tmp_path, *flags, "--resume", "--workers", str(after)))
+    resumed = start(*command(easy, tmp_path, *flags, "--resume", "--workers", "1"))
     while len((tmp_path / "batches.jsonl").read_text().splitlines()) < 20:
         assert resumed.poll() is None, resumed.communicate()
         time.sleep(0.01)
@@ -116,19 +118,26 @@ def steps_of(out: Path, rank: int, ranks: int) -> list[Any]:
 
 
 def test_two_ranks_killed_and_resumed_see_together_what_one_sees(easy, bucket: Bucket, tmp_path):
-    run_ranks(str(easy), tmp_path / "one", workers=0, stop=40, ranks=1)
-    whole = steps_of(tmp_path / "one", 0, 1)
-    for name, where, workers in (("near", str(easy), 2), ("far", bucket.fill(easy), 1)):
-        out = tmp_path / name
-        run_ranks(where, out, workers, stop=4000, ranks=2, kill_at=11)
-        # They may stand a step apart, and have come far: they go on together from a step that both had saved.
-        done = [steps_of(out, rank, 2) for rank in range(2)]
-        assert min(map(len, done)) >= 10
+    shards = Shards.open(easy)
+    whole = [
+        (
+            shards.keys_of(batch.rows.numpy()),
+            [int(wave.long().sum()) for wave in batch.waves],
+            float(batch.waves.double().sum()),
+        )
+        for batch in Loader(shards, 6, seed=9, crop=12000).batches(0, 40)
+    ]
+    out = tmp_path / "two"
+    run_ranks(str(easy), out, workers=2, stop=4000, ranks=2, kill_at=11)
+    # They may stand a step apart, and have come far: they go on together from a step that both had saved.
+    done = [steps_of(out, rank, 2) for rank in range(2)]
+    assert min(map(len, done)) >= 10
+    for rank in range(2):
+        (out / f"{rank}-of-2.json").write_text(json.dumps(done[rank][:10]))
+    # And from afar, with another number of workers.
+    run_ranks(bucket.fill(easy), out, workers=1, stop=40, ranks=2)
+    parts = [steps_of(out, rank, 2) for rank in range(2)]
+    assert [len(part) for part in parts] == [40, 40]
+    for step, (keys, sums, total) in enumerate(whole):
         for rank in range(2):
-            (out / f"{rank}-of-2.json").write_text(json.dumps(done[rank][:10]))
-        run_ranks(where, out, 3 - workers, stop=40, ranks=2)
-        parts = [steps_of(out, rank, 2) for rank in range(2)]
-        assert [len(part) for part in parts] == [40, 40]
-        for step, (keys, sums, total) in enumerate(whole):
-            for rank in range(2):
-                assert parts[rank][step] == [keys[rank::2], sums[rank::2], total]
+            assert parts[rank][step] == [keys[rank::2], sums[rank::2], total]
