@@ -571,7 +571,7 @@ def test_memory_is_flat_over_many_epochs(easy):
         [sys.executable, "-c", FLAT, str(easy)], capture_output=True, text=True, check=True, timeout=200
     )
     found = json.loads(done.stdout)
-    assert max(found[2:]) - found[1] < 4e6  # bytes, of 4,800 clips read
+    assert max(found[2:]) - found[1] < 12e6  # bytes, of 4,800 clips read
 
 
 # The device
