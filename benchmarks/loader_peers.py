@@ -214,7 +214,7 @@ class Contender:
         return "flac" if "flac" in self.set else "pcm16"
 
 
-OURS = ("clipmill.loader", "pyarrow.dataset")  # which pyarrow imports when the first table is read
+OURS = ("clipmill.loader",)
 LHOTSE = ("lhotse", "lhotse.dataset.iterable_dataset", "lhotse.dataset.sampling")
 CONTENDERS = {
     "ours-tar-flac": Contender(ours, "tar-flac", OURS),

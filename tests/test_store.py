@@ -1,4 +1,4 @@
-"""`shards.store`: the bytes of shards near and far, read through real servers that also fail; and what is kept of them."""
+"""`stores`: the bytes of shards near and far, read through real servers that also fail; and what is kept of them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from clipmill.shards.read import Shards
 class Batch(NamedTuple):
     """Clips side by side, zeros after the shorter ones.
 
-    waves int16 `[B, samples]` of the longest; lengths int64 `[B]` in samples; targets float32
+    waves int16 `[B, samples]` of the longest, or of the crop; lengths int64 `[B]` in samples; targets float32
     `[B, classes]`; rows int64 `[B]`, in the index of the shards read, on the CPU.
     """
 

@@ -80,8 +80,6 @@ class Loader:
         for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("crop", crop, 0)):
             if value != int(value) or value < least:
                 raise ConfigError(f"{name} {value}: allowed is any whole number from {least} up")
-        if not 0 <= rank < ranks:
-            raise ConfigError(f"rank {rank} of {ranks}: allowed is 0 to {ranks - 1}")
         rank_positions(0, batch_size, rank, ranks)  # says so now where the ranks cannot share a batch
         self.shards, self.batch_size, self.rank, self.ranks = shards, batch_size, rank, ranks
         self.sampler = Shuffled(len(shards), seed) if sampler is None else sampler

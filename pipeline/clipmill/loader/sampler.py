@@ -268,8 +268,10 @@ def rank_positions(step: int, batch_size: int, rank: int, ranks: int) -> Rows:
     `batch_size` counts the clips of all ranks together, so their order is the same for any number of ranks.
 
     Raises:
-        ConfigError: the ranks cannot share the batch evenly.
+        ConfigError: there is no such rank, or the ranks cannot share the batch evenly.
     """
+    if not 0 <= rank < ranks:
+        raise ConfigError(f"rank {rank} of {ranks}: allowed is 0 to {ranks - 1}")
     if batch_size % ranks:
         raise ConfigError(
             f"--batch-size {batch_size} cannot be shared by {ranks} ranks: give a multiple of {ranks}"

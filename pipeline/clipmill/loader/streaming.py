@@ -108,8 +108,6 @@ class StreamLoader:
         tell: Callable[[Bad], None] = lambda bad: None,
         watch: Callable[[int, Digest], None] | None = None,
     ) -> None:
-        if not 0 <= rank < ranks:
-            raise ConfigError(f"rank {rank} of {ranks}: allowed is 0 to {ranks - 1}")
         rank_positions(0, batch_size, rank, ranks)  # says so now where the ranks cannot share a batch
         self._tars = tars_of(shards)
         if len(self._tars) < ranks:
