@@ -451,6 +451,19 @@ def test_more_shards_of_several_folders_and_kinds_than_files_may_be_open_are_rea
     assert done.returncode == 0, done.stderr
 
 
+def test_compressed_hdf5_is_read_from_afar_by_threads_too(bucket, tmp_path):
+    """By way of a copy: the HDF5 library lets one thread in, and must not wait for a store with its lock held."""
+    waves = (sound(3.0, 8000) * 9000).astype(np.int16).reshape(6, 4000)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["audio_name"] = np.array([f"h{number}".encode() for number in range(6)])
+        file.create_dataset("waveform", data=waves, compression="gzip")
+        file.attrs["sample_rate"] = 8000
+    shards = Shards.open(bucket.fill(tmp_path))
+    for batch in Loader(shards, 2, workers=3).batches(0, 9):
+        for wave, row in zip(batch.waves, batch.rows, strict=True):
+            np.testing.assert_array_equal(wave[:4000], waves[int(row)])
+
+
 def test_a_far_store_that_answers_nothing_any_more_is_named_within_two_time_limits(easy):
     with Misbehaving(b"") as web:
         for path in easy.iterdir():
