@@ -1,28 +1,34 @@
-"""Augmentations: each against a slow plain formula, from the same draws; seeded; row by row; without a host sync."""
+"""Augmentations: each against a slow plain formula of the same numbers, and the laws that all of them keep."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clipmill.augment import (
+    add_white_noise,
     crop,
     loudness_db,
-    mix_between_class,
     mix_by_loudness,
     mix_standard,
+    partners,
+    pitch_shift,
     specaugment,
+    time_stretch,
     to_float,
 )
-from clipmill.augment.mixup import a_weighting_db
+from clipmill.errors import FeatureError
 
 CLIPS, SAMPLES, RATE = 6, 6000, 16000
+
+Batch = dict[str, Tensor]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -30,8 +36,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-def seeded(device: torch.device | str = "cpu", seed: int = 0) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def noise(device: torch.device | str = "cpu", clips: int = CLIPS, samples: int = SAMPLES) -> Tensor:
@@ -44,54 +54,95 @@ def one_hot(clips: int = CLIPS, device: torch.device | str = "cpu") -> Tensor:
     return torch.eye(clips, device=device)
 
 
-AUGMENTATIONS: dict[str, Callable[[torch.device, int], Tensor]] = {
-    "crop": lambda device, seed: crop(
-        noise(device), torch.full((CLIPS,), SAMPLES, device=device), 1000, seeded(device, seed)
+# The laws of all
+
+
+def batch(device: torch.device | str = "cpu") -> Batch:
+    """All that any augmentation takes, a row a clip."""
+    wave, targets, u, turned = noise(), one_hot(), uniform(CLIPS), [1, 2, 3, 4, 5, 0]
+    rows = {
+        "wave": wave,
+        "lengths": torch.tensor([6000, 5000, 3001, 3000, 2999, 1]),
+        "logmel": 10 * torch.randn(CLIPS, 30, 200, generator=seeded()) - 50,
+        "targets": targets,
+        "other": wave[turned],
+        "other_targets": targets[turned],
+        "gain_db": loudness_db(wave, RATE),
+        "other_gain_db": loudness_db(wave, RATE)[turned],
+        "u": u,
+        "u8": uniform(CLIPS, 8),
+        "semitones": 4 * u - 2,
+        "rates": 0.8 + 0.4 * u,
+        "snr_db": 20 * u,
+        "seeds": torch.arange(CLIPS),
+    }
+    return {name: value.to(device) for name, value in rows.items()}
+
+
+AUGMENTATIONS: dict[str, Callable[[Batch], Tensor]] = {
+    "crop": lambda b: crop(b["wave"], b["lengths"], 3000, b["u"]),
+    "to_float": lambda b: to_float((b["wave"] * 10000).to(torch.int16)),
+    "mix_standard": lambda b: torch.cat(
+        mix_standard(b["wave"], b["targets"], b["other"], b["other_targets"], b["u"]), 1
     ),
-    "mix_standard": lambda device, seed: mix_standard(
-        noise(device), one_hot(device=device), seeded(device, seed)
-    )[0],
-    "mix_between_class": lambda device, seed: mix_between_class(
-        noise(device), one_hot(device=device), RATE, seeded(device, seed)
-    )[0],
-    "specaugment": lambda device, seed: specaugment(
-        noise(device).reshape(CLIPS, 30, 200), seeded(device, seed)
+    "mix_by_loudness": lambda b: torch.cat(
+        mix_by_loudness(
+            b["wave"], b["targets"], b["gain_db"], b["other"], b["other_targets"], b["other_gain_db"], b["u"]
+        ),
+        1,
     ),
+    "loudness_db": lambda b: loudness_db(b["wave"], RATE),
+    "specaugment": lambda b: specaugment(b["logmel"], b["u8"]),
+    "pitch_shift": lambda b: pitch_shift(b["wave"], b["semitones"], 2.0, RATE),
+    "time_stretch": lambda b: time_stretch(b["wave"], b["rates"], 0.8, 7000, RATE),
+    "add_white_noise": lambda b: add_white_noise(b["wave"], b["snr_db"], b["seeds"]),
 }
 
-
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_the_generators_seed_decides_everything(name: str, device: torch.device) -> None:
-    run = AUGMENTATIONS[name]
-    torch.manual_seed(1)
-    first = run(device, 7)
-    torch.manual_seed(2)
-    assert torch.equal(run(device, 7), first)
-    assert not torch.equal(run(device, 8), first)
+WHOLE = {name: run(batch()) for name, run in AUGMENTATIONS.items()}
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_nothing_waits_for_the_device(name: str) -> None:
-    # A fake tensor has no values: reading one back would raise.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        AUGMENTATIONS[name](torch.device("cpu"), 0)
+@settings(max_examples=10, deadline=None)
+@given(rows=st.lists(st.integers(0, CLIPS - 1), min_size=1, max_size=8))
+def test_what_a_clip_becomes_depends_on_no_other_clip(name: str, rows: list[int]) -> None:
+    some = AUGMENTATIONS[name]({key: value[rows] for key, value in batch().items()})
+    torch.testing.assert_close(some, WHOLE[name][rows], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_a_gpu_makes_of_a_clip_what_a_cpu_does(name: str) -> None:
+    torch.testing.assert_close(AUGMENTATIONS[name](batch("cuda")).cpu(), WHOLE[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_autocast_leaves_it_in_float32(name: str, device: torch.device) -> None:
+    rows = batch(device)
+    plain = AUGMENTATIONS[name](rows)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        cast = AUGMENTATIONS[name](rows)
+    assert cast.dtype == torch.float32
+    assert torch.equal(cast, plain)
+
+
+@pytest.mark.parametrize("name", [*AUGMENTATIONS, "partners"])
+def test_nothing_waits_for_the_device(name: str) -> None:
+    # A fake tensor has no values: reading one back would raise.
+    rows = batch()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {key: mode.from_tensor(value) for key, value in rows.items()}
+        partners(fake["u"]) if name == "partners" else AUGMENTATIONS[name](fake)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*AUGMENTATIONS, "partners"])
 def test_nothing_waits_for_the_gpu(name: str) -> None:
-    wave, targets, generator = noise("cuda"), one_hot(device="cuda"), seeded("cuda")
-    lengths = torch.full((CLIPS,), SAMPLES, device="cuda")
-    run = {
-        "crop": lambda: crop(wave, lengths, 1000, generator),
-        "mix_standard": lambda: mix_standard(wave, targets, generator),
-        "mix_between_class": lambda: mix_between_class(wave, targets, RATE, generator),
-        "specaugment": lambda: specaugment(wave.reshape(CLIPS, 30, 200), generator),
-    }[name]
-    run()
+    rows = batch("cuda")
+    run = {**AUGMENTATIONS, "partners": lambda b: partners(b["u"])}[name]
+    run(rows)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run()
+        run(rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -100,146 +151,44 @@ def test_nothing_waits_for_the_gpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.float32])
-def test_a_crop_is_one_unbroken_window_of_its_own_clip(dtype: torch.dtype, device: torch.device) -> None:
+def test_a_crop_starts_where_its_number_says_and_ends_in_zeros(
+    dtype: torch.dtype, device: torch.device
+) -> None:
     # Every sample names its clip and its place.
     wave = (1000 * torch.arange(CLIPS)[:, None] + torch.arange(1, 301)).to(device, dtype)
-    lengths = torch.tensor([300, 200, 101, 100, 99, 1], device=device)
-    seen = []
+    lengths = [300, 200, 101, 100, 99, 1]
     for seed in range(20):
-        cropped = crop(wave, lengths, 100, seeded(device, seed))
+        u = uniform(CLIPS, seed=seed)
+        cropped = crop(wave, torch.tensor(lengths, device=device), 100, u.to(device))
         assert cropped.dtype == dtype
-        for clip, length in enumerate(lengths.tolist()):
-            row = cropped[clip].tolist()
+        for clip, length in enumerate(lengths):
             whole = [1000 * clip + place for place in range(1, length + 1)] + [0] * 100
-            start = int(row[0]) - 1000 * clip - 1
-            assert row == whole[start : start + 100]
-            assert 0 <= start <= max(0, length - 100)
-        seen.append(cropped[:, 0].tolist())
-    assert [len({row[clip] for row in seen}) for clip in (3, 4, 5)] == [1, 1, 1]
-    assert len({row[0] for row in seen}) > 10
+            start = math.floor(u[clip].item() * (max(0, length - 100) + 1))
+            assert cropped[clip].tolist() == whole[start : start + 100]
 
 
 def test_every_place_where_the_window_fits_is_as_likely() -> None:
     wave = torch.arange(13).expand(20000, 13)
-    starts = crop(wave, torch.full((20000,), 12), 8, seeded())[:, 0]
+    starts = crop(wave, torch.full((20000,), 12), 8, uniform(20000))[:, 0]
     counts = torch.bincount(starts, minlength=6)
     assert counts[5] == 0
     assert (counts[:5] - 4000).abs().max() < 300
 
 
+@pytest.mark.parametrize("u", [1 - 2**-53, 1.0])
+def test_the_largest_number_gives_the_last_window(u: float) -> None:
+    last = crop(torch.arange(1, 13)[None], torch.tensor([12]), 8, torch.tensor([u], dtype=torch.float64))
+    assert last.tolist() == [[5, 6, 7, 8, 9, 10, 11, 12]]
+
+
 def test_a_window_longer_than_the_batch_is_filled_with_zeros() -> None:
-    cropped = crop(torch.ones(2, 10), torch.tensor([10, 4]), 16, seeded())
+    cropped = crop(torch.ones(2, 10), torch.tensor([10, 4]), 16, uniform(2))
     assert cropped.sum(1).tolist() == [10, 4]
 
 
 def test_to_float_is_exact_division_by_32768() -> None:
     pcm = torch.tensor([-32768, -1, 0, 1, 32767], dtype=torch.int16)
     assert to_float(pcm).tolist() == [-1.0, -1 / 32768, 0.0, 1 / 32768, 32767 / 32768]
-
-
-# Mixup
-
-
-def plain_loudness_db(wave: np.ndarray, rate: int) -> float:
-    """Tokozume et al. 2018, window by window and bin by bin."""
-    n_fft = {44100: 4096, 16000: 2048}[rate]
-    wave = np.pad(wave.astype(np.float64), (0, max(0, n_fft - len(wave))))
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
-    loudest = 10 ** (-80 / 10)
-    for start in range(0, len(wave) - n_fft + 1, n_fft // 2):
-        spectrum = np.abs(np.fft.rfft(window * wave[start : start + n_fft])) ** 2
-        total = 0.0
-        for k in range(1, n_fft // 2 + 1):
-            f = k * rate / n_fft
-            response = 12194**2 * f**4 / ((f**2 + 20.6**2) * (f**2 + 12194**2))
-            response /= math.sqrt((f**2 + 107.7**2) * (f**2 + 737.9**2))
-            total += spectrum[k] * 10 ** (max(-80.0, 2 + 20 * math.log10(response)) / 10)
-        loudest = max(loudest, total)
-    return 10 * math.log10(loudest)
-
-
-def draws(device: torch.device, seed: int) -> tuple[list[int], list[float]]:
-    """The partners and ratios that a mixup draws first from this seed."""
-    generator = seeded(device, seed)
-    partner = torch.randperm(CLIPS, generator=generator, device=device)
-    return partner.tolist(), torch.rand(CLIPS, generator=generator, device=device).tolist()
-
-
-@pytest.mark.parametrize("rate", [16000, 44100])
-@pytest.mark.parametrize("samples", [1000, 10000])
-def test_loudness_is_the_authors_formula_within_a_hundredth_of_a_db(
-    rate: int, samples: int, device: torch.device
-) -> None:
-    wave = noise(device, samples=samples)
-    expected = [plain_loudness_db(clip, rate) for clip in wave.cpu().numpy()]
-    assert loudness_db(wave, rate).tolist() == pytest.approx(expected, abs=0.01)
-
-
-def test_loudness_weighs_frequencies_as_the_ear_does() -> None:
-    assert a_weighting_db(torch.tensor([1000.0, 100.0, 10000.0, 0.0])).tolist() == pytest.approx(
-        [0.0, -19.1, -2.5, -80.0], abs=0.1
-    )
-
-
-def test_silence_is_minus_80_db_loud() -> None:
-    assert loudness_db(torch.zeros(2, SAMPLES), RATE).tolist() == pytest.approx([-80, -80], abs=1e-4)
-
-
-def test_standard_mixup_mixes_signals_and_labels_in_one_ratio(device: torch.device) -> None:
-    wave, targets = noise(device), one_hot(device=device)
-    mixed, labels = mix_standard(wave, targets, seeded(device, 3))
-    for clip, (partner, r) in enumerate(zip(*draws(device, 3), strict=True)):
-        assert torch.allclose(mixed[clip], r * wave[clip] + (1 - r) * wave[partner], atol=1e-6)
-        assert torch.allclose(labels[clip], r * targets[clip] + (1 - r) * targets[partner], atol=1e-6)
-
-
-def test_between_class_mixup_is_the_papers_formula_clip_by_clip(device: torch.device) -> None:
-    wave, targets = noise(device), one_hot(device=device)
-    mixed, labels = mix_between_class(wave, targets, RATE, seeded(device, 3))
-    gains = [plain_loudness_db(clip, RATE) for clip in wave.cpu().numpy()]
-    for clip, (partner, r) in enumerate(zip(*draws(device, 3), strict=True)):
-        p = 1 / (1 + 10 ** ((gains[clip] - gains[partner]) / 20) * (1 - r) / r)
-        expected = (p * wave[clip] + (1 - p) * wave[partner]) / math.sqrt(p**2 + (1 - p) ** 2)
-        assert torch.allclose(mixed[clip], expected, atol=1e-3)
-        assert torch.allclose(labels[clip], r * targets[clip] + (1 - r) * targets[partner], atol=1e-6)
-
-
-def test_between_class_mixup_makes_both_clips_sound_in_the_ratio_of_their_labels() -> None:
-    time = torch.arange(SAMPLES) / RATE
-    wave = torch.stack(
-        [0.5 * torch.sin(2 * math.pi * 1000 * time), 0.005 * torch.sin(2 * math.pi * 1500 * time)]
-    )
-    seed = next(s for s in range(99) if torch.randperm(2, generator=seeded(seed=s)).tolist() == [1, 0])
-    mixed, labels = mix_between_class(wave, one_hot(2), RATE, seeded(seed=seed))
-    spectrum = torch.fft.rfft(mixed[0, :4800]).abs()
-    heard = 10 ** (a_weighting_db(torch.tensor([1000.0, 1500.0])) / 20) * spectrum[[300, 450]]
-    assert (heard / heard.sum()).tolist() == pytest.approx(labels[0].tolist(), abs=0.01)
-
-
-def test_silent_clips_mix_to_finite_values_alone_and_with_loud_ones(device: torch.device) -> None:
-    wave = noise(device)
-    wave[::2] = 0
-    for seed in range(20):
-        for batch in (wave, torch.zeros_like(wave)):
-            mixed, labels = mix_between_class(batch, one_hot(device=device), RATE, seeded(device, seed))
-            assert mixed.isfinite().all()
-            assert torch.allclose(labels.sum(1), torch.ones(CLIPS, device=device))
-
-
-def test_a_ratio_of_zero_is_the_partner_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    partner = torch.tensor([1, 0])
-    monkeypatch.setattr("clipmill.augment.mixup._draw", lambda x, generator: (partner, torch.zeros(2)))
-    wave = noise(clips=2)
-    mixed, labels = mix_between_class(wave, one_hot(2), RATE, seeded())
-    assert torch.equal(mixed, wave[partner])
-    assert torch.equal(labels, one_hot(2)[partner])
-
-
-def test_signals_of_any_shape_mix_by_a_loudness_that_is_given() -> None:
-    wave = noise()
-    flat, _ = mix_by_loudness(wave, one_hot(), loudness_db(wave, RATE), seeded())
-    shaped, _ = mix_by_loudness(wave.reshape(CLIPS, 30, 200), one_hot(), loudness_db(wave, RATE), seeded())
-    assert torch.equal(shaped.flatten(1), flat)
 
 
 # SpecAugment
@@ -251,28 +200,25 @@ def masked_axes(before: Tensor, after: Tensor) -> Iterator[tuple[Tensor, Tensor]
         yield masked.all(1), masked.all(0)
 
 
-def stripes(mask: Tensor) -> int:
-    """How many unbroken stretches a mask `[size]` holds."""
-    edges = torch.diff(torch.cat([torch.zeros(1), mask.float().cpu()]))
-    return int((edges == 1).sum())
-
-
-def test_masks_are_whole_stripes_at_the_clips_own_mean(device: torch.device) -> None:
-    log_mel = 10 * torch.randn(40, 64, 300, generator=seeded()).to(device) - 50
-    masked = specaugment(log_mel, seeded(device))
-    for clip, (bins, frames) in enumerate(masked_axes(log_mel, masked)):
-        blank = bins[:, None] | frames[None, :]
-        assert torch.equal(masked[clip][~blank], log_mel[clip][~blank])
-        assert torch.allclose(masked[clip][blank], log_mel[clip].mean())
-        assert stripes(bins) <= 2
-        assert stripes(frames) <= 2
-        assert bins.sum() <= 2 * 8
-        assert frames.sum() <= 2 * 64
+def test_masks_are_the_stripes_that_the_numbers_say_at_the_clips_own_mean(device: torch.device) -> None:
+    clips, bins, frames = 40, 64, 300
+    log_mel = 10 * torch.randn(clips, bins, frames, generator=seeded()) - 50
+    u = uniform(clips, 8)
+    masked = specaugment(log_mel.to(device), u.to(device)).cpu()
+    for clip, numbers in enumerate(u.tolist()):
+        expected = log_mel[clip].clone()
+        for stripe in range(4):
+            size, most = (frames, 64) if stripe < 2 else (bins, 8)
+            width = math.floor(numbers[2 * stripe] * (most + 1))
+            start = math.floor(numbers[2 * stripe + 1] * (size - width + 1))
+            stripes = expected.T if stripe < 2 else expected
+            stripes[start : start + width] = log_mel[clip].mean()
+        torch.testing.assert_close(masked[clip], expected)
 
 
 def test_every_clip_has_masks_of_its_own_of_every_width_up_to_the_one_given() -> None:
     log_mel = torch.randn(2000, 8, 40, generator=seeded())
-    masked = specaugment(log_mel, seeded(), time_masks=1, time_width=4, freq_masks=0)
+    masked = specaugment(log_mel, uniform(2000, 2), time_masks=1, time_width=4, freq_masks=0)
     frames = torch.stack([frames for _, frames in masked_axes(log_mel, masked)])
     counts = torch.bincount(frames.sum(1), minlength=6)
     assert counts[5] == 0
@@ -287,11 +233,16 @@ def test_every_clip_has_masks_of_its_own_of_every_width_up_to_the_one_given() ->
 
 def test_masks_wider_than_the_clip_stop_at_its_edge() -> None:
     log_mel = torch.randn(50, 4, 6, generator=seeded())
-    masked = specaugment(log_mel, seeded(), time_width=1000, freq_width=1000)
+    masked = specaugment(log_mel, uniform(50, 8), time_width=1000, freq_width=1000)
     assert masked.shape == log_mel.shape
     assert masked.isfinite().all()
 
 
 def test_without_masks_nothing_changes() -> None:
     log_mel = torch.randn(3, 8, 40, generator=seeded())
-    assert torch.equal(specaugment(log_mel, seeded(), time_masks=0, freq_masks=0), log_mel)
+    assert torch.equal(specaugment(log_mel, uniform(3, 0), time_masks=0, freq_masks=0), log_mel)
+
+
+def test_too_few_numbers_for_the_masks_are_an_error() -> None:
+    with pytest.raises(FeatureError, match=r"\(3, 4\): 3 clips with 2 \+ 2 stripes take \(3, 8\)"):
+        specaugment(torch.zeros(3, 8, 40), uniform(3, 4))

@@ -30,7 +30,7 @@ from clipmill.run.dask import DaskEngine
 from clipmill.run.ray import RayEngine
 from clipmill.run.slurm import SlurmEngine, cancel_leftovers, leftovers
 from conftest import sound
-from slurm_node import NoSlurm, slurm_node
+from slurm_node import BeginSoon, NoSlurm, slurm_node
 from units import Unit, work
 
 HERE = Path(__file__).parent
@@ -457,12 +457,9 @@ class TestSlurm:
 
 def begin_at_once(process: subprocess.Popen[str], limit_s: float = 40) -> None:
     """Wait for a driver; what Slurm puts back in line it would otherwise let wait for some seconds."""
-    deadline = time.monotonic() + limit_s
+    deadline, soon = time.monotonic() + limit_s, BeginSoon()
     while process.poll() is None:
-        for task in in_queue():
-            subprocess.run(
-                ["scontrol", "update", f"JobId={task}", "StartTime=now"], capture_output=True, check=False
-            )
+        soon.look()
         if time.monotonic() > deadline:
             process.kill()
         time.sleep(0.1)

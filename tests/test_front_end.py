@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import soxr
 import torch
 from hypothesis import given, settings
@@ -19,8 +20,9 @@ from clipmill.shards.read import Shards
 from clipmill.train.checkpoint import read_run
 from clipmill.train.evaluate import evaluate_run
 from clipmill.train.lengths import longest_s
-from clipmill.train.loop import plan_run, train
-from clipmill.train.predict import score_samples
+from clipmill.train.loop import train
+from clipmill.train.plan import plan_run
+from clipmill.train.predict import predict_files
 from clipmill.train.recipes import Recipe
 from clipmill_models import create_model, outline_model
 from conftest import sound
@@ -131,10 +133,11 @@ def test_a_network_on_waveforms_of_another_rate_is_trained_and_scored_again_alik
     assert evaluate_run(run, Shards.open(easy), CPU)["loss"] == pytest.approx(last["loss"], rel=1e-5)
 
 
-def test_and_predicts(heard) -> None:
-    samples = (sound(2.0, RATE) * 32767).astype(np.int16)
-    scores = score_samples(read_run(heard[0], CPU), samples, CPU, window_s=1)
-    assert scores.sum() == pytest.approx(1, abs=1e-5)
+def test_and_predicts(heard, tmp_path) -> None:
+    soundfile.write(tmp_path / "a.wav", sound(2.0, RATE), RATE)
+    (found,) = predict_files(read_run(heard[0], CPU), [tmp_path / "a.wav"], CPU)
+    assert found.scores is not None
+    assert found.scores.sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_a_network_with_a_log_mel_of_its_own_gets_it_from_the_shards_rate(easy, tmp_path) -> None:

@@ -20,7 +20,8 @@ from clipmill.shards.summary import summarize
 from clipmill.shards.where import matching
 from clipmill.train.checkpoint import read_run
 from clipmill.train.evaluate import evaluate_run
-from clipmill.train.loop import Plan, plan_run, train
+from clipmill.train.loop import train
+from clipmill.train.plan import Plan, plan_run
 from clipmill.train.split import choose_split
 from test_train import CPU, TINY, shards_of
 

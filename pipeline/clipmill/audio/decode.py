@@ -9,6 +9,7 @@ of the file was left unread, PyAV decodes the file too and the longer result sta
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import re
 import stat
@@ -100,7 +101,13 @@ def decode(
 
 def _check_readable(path: Path) -> None:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+        mode = path.stat().st_mode
+        if stat.S_ISFIFO(mode):  # opening it would wait for its writer, and decoders go back and forth
+            raise DecodeError(
+                "unreadable",
+                "is a pipe and no regular file; `pipeline predict RUN -` hears what comes on stdin",
+            )
+        if not stat.S_ISREG(mode):
             raise DecodeError("unreadable", "is no regular file")
         with open(path, "rb") as file:
             empty = not file.read(1)
@@ -149,9 +156,7 @@ def _in_process(path: Path, start_s: float, end_s: float | None) -> Audio:
                 stated_s = start_s + audio.duration_s + missing_frames(path) / audio.rate
                 _check_whole(audio.duration_s, _due_s(stated_s, start_s, end_s))
         except DecodeError as second:
-            if second.reason != "corrupt":
-                raise
-            raise DecodeError("corrupt", f"libsndfile: {refusal}; FFmpeg: {second}") from second
+            raise _by_both(refusal, second) from second
         return audio
     if doubt.any:
         try:
@@ -163,6 +168,13 @@ def _in_process(path: Path, start_s: float, end_s: float | None) -> Audio:
             audio = other if other.duration_s > audio.duration_s else audio
         _check_whole(audio.duration_s, doubt.promised_s, exact=doubt.damaged)
     return audio
+
+
+def _by_both(refusal: str, second: DecodeError) -> DecodeError:
+    """What to raise where libsndfile said `refusal` and FFmpeg then failed too."""
+    if second.reason != "corrupt":
+        return second
+    return DecodeError("corrupt", f"libsndfile: {refusal}; FFmpeg: {second}")
 
 
 def _check_whole(found_s: float, promised_s: float | None, *, exact: bool = False) -> None:
@@ -228,21 +240,34 @@ def _decode_soundfile(path: Path, start_s: float, end_s: float | None) -> tuple[
         left = os.fstat(raw.fileno()).st_size - os.lseek(raw.fileno(), 0, os.SEEK_CUR)
     if wanted is not None and read >= wanted:  # all that was asked for is there
         return Audio(samples, rate, channels), _Doubt()
-    unread = left > _UNREAD_BYTES.get(form, _UNREAD_BYTES_ELSE)
+    unread = _leaves_unread(form, left)
     if form in _CHAINED and (unread or first or wanted is not None) and len(links := _links(path)) > 1:
         return _decode_chain(links, start_s, end_s), _Doubt()
+    return Audio(samples, rate, channels), _doubt_of(path, file, read, left, first, wanted)
+
+
+def _leaves_unread(form: str, left: int) -> bool:
+    """Whether `left` bytes at the end are more than a file of libsndfile's format `form` has after its sound."""
+    return left > _UNREAD_BYTES.get(form, _UNREAD_BYTES_ELSE)
+
+
+def _doubt_of(
+    path: Path, file: soundfile.SoundFile, read: int, left: int, first: int = 0, wanted: int | None = None
+) -> _Doubt:
+    """What is doubtful where `read` of the `wanted` frames (None: all) from `first` came, and `left` bytes did not."""
+    form, promised = file.format, file.frames
     slack = _MP3_SLACK if form == "MP3" else 0
     short = promised - first - read
     promise = _reliable_promise(path, form, promised)
     due = None if promise is None else promise - first if wanted is None else min(promise - first, wanted)
     doubtful = (
         (wanted is None and abs(short) > slack)
-        or unread
+        or _leaves_unread(form, left)
         or (not read and left > 0)
         or (due is not None and due - read > slack)
     )
-    promised_s = None if due is None else due / rate
-    return Audio(samples, rate, channels), _Doubt(doubtful, form == "FLAC" and short > 0, promised_s)
+    promised_s = None if due is None else due / file.samplerate
+    return _Doubt(doubtful, form == "FLAC" and short > 0, promised_s)
 
 
 def _read_mono(file: soundfile.SoundFile, wanted: int | None) -> NDArray[np.float32]:
@@ -261,13 +286,18 @@ def _read_mono(file: soundfile.SoundFile, wanted: int | None) -> NDArray[np.floa
 
 
 def _links(path: Path) -> list[bytes]:
-    """The streams that were put one after the other to make an Ogg or MP3 file; one where it is neither.
+    """The streams that were put one after the other to make an Ogg or MP3 file; one where it is neither."""
+    data = path.read_bytes()
+    return [data[start:end] for start, end in _link_spans(data)]
+
+
+def _link_spans(data: bytes | mmap.mmap) -> list[tuple[int, int]]:
+    """Where the streams of `_links` begin and end, in bytes.
 
     Within Ogg each begins with pages marked so, after the pages of the one before; within MP3 with a tag.
     """
-    data = path.read_bytes()
     starts = [0]
-    if data.startswith(b"OggS"):
+    if data[:4] == b"OggS":
         at, opening = 0, True
         while (at := data.find(b"OggS\0", at)) >= 0 and at + 27 <= len(data):
             begins = bool(data[at + 5] & 2)
@@ -278,7 +308,7 @@ def _links(path: Path) -> list[bytes]:
             at += 27 + segments + sum(data[at + 27 : at + 27 + segments])
     else:
         starts += [found.start() for found in _ID3.finditer(data) if found.start()]
-    return [data[start:end] for start, end in zip(starts, [*starts[1:], len(data)], strict=True)]
+    return list(zip(starts, [*starts[1:], len(data)], strict=True))
 
 
 def _decode_chain(links: list[bytes], start_s: float, end_s: float | None) -> Audio:
@@ -380,9 +410,50 @@ def _read_stream(
     *,
     seek: bool = False,
 ) -> Audio:
-    """The first audio stream from `start_s` to `end_s`, whatever rates and layouts its frames have.
+    """The first audio stream from `start_s` to `end_s`, whatever rates and layouts its frames have."""
+    parts: list[tuple[int, NDArray[np.float32]]] = []  # rate and samples, one for each run of equal rate
+    sound = _Sound()
+    course = _Course()
+    rate = 0
+    for its_rate, mono in _frames(container, path, course, start_s, end_s, seek=seek):
+        if its_rate != rate:
+            if rate:
+                parts.append((rate, sound.joined()))
+            sound, rate = _Sound(), its_rate
+        sound.append(mono)
+    parts.append((rate, sound.joined()))
+    samples = _at_one_rate(parts)
+    if course.surplus:
+        samples = samples[: max(len(samples) - course.surplus, 0)]
+    return Audio(samples, parts[0][0] or 1, course.channels)
+
+
+@dataclass
+class _Course:
+    """What becomes known of a stream while its frames are taken.
+
+    `surplus`: frames at its end, at the rate of the last, that are no sound; known after the last.
+    """
+
+    channels: int = 0
+    surplus: int = 0
+
+
+def _frames(
+    container: av.container.InputContainer,
+    path: Path,
+    course: _Course,
+    start_s: float = 0.0,
+    end_s: float | None = None,
+    *,
+    seek: bool = False,
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """The rate and the mono samples of each frame of the first audio stream, cut to `start_s` to `end_s`.
 
     A cut is as exact as the container's clock: to the sample in most, to 1 ms in WebM and Matroska.
+
+    Raises:
+        DecodeError: also after the last frame, where what came is not what should have come.
     """
     import av
 
@@ -391,9 +462,7 @@ def _read_stream(
     if stream.codec_context.name == "flac":  # without, FFmpeg passes over damaged frames without a word
         stream.codec_context.options = {"err_detect": "crccheck+explode"}
     origin_s = _seek(container, stream, start_s - (0.0 if exact else _PREROLL_S)) if seek else None
-    parts: list[tuple[int, NDArray[np.float32]]] = []  # rate and samples, one for each run of equal rate
-    sound = _Sound()
-    rate = channels = 0
+    rate = 0
     at_s: float | None = None
     heard_s = 0.0  # the last frame's end by the container's clock, which goes on where packets are left out
     try:
@@ -408,23 +477,18 @@ def _read_stream(
                 gap = (clock_s - due_at_s) * frame.sample_rate
                 if gap > 0.5 or (seek and gap < -0.5 and rate):  # back in time a second stream begins
                     raise DecodeError("corrupt", f"lacks what should be at {at_s:.2f} s")
-            if frame.sample_rate != rate:
-                if rate:
-                    parts.append((rate, sound.joined()))
-                sound, rate = _Sound(), frame.sample_rate
-            channels = max(channels, frame.layout.nb_channels)
+            rate = frame.sample_rate
+            course.channels = max(course.channels, frame.layout.nb_channels)
             mono = _mean_of_channels(_as_float(frame))
             skip = max(round((start_s - at_s) * rate), 0)
             keep = None if end_s is None else max(round((end_s - at_s) * rate), 0)
-            sound.append(mono[skip:keep])
+            yield rate, mono[skip:keep]
             at_s += len(mono) / rate
             heard_s = clock_s + len(mono) / rate
             if end_s is not None and at_s >= end_s:
                 break
     except av.FFmpegError as error:
         raise DecodeError("corrupt", f"after {at_s or 0.0:.2f} s: {_one_line(error, path)}") from error
-    parts.append((rate, sound.joined()))
-    samples = _at_one_rate(parts)
     due_s = _due_s(_stated_s(container, stream, origin_s or 0.0), start_s, end_s)
     found_s = max(at_s or 0.0, start_s) - start_s
     if heard_s - (at_s or 0.0) > _GAP_S and _is_of(container, ("matroska", "webm")) and _has_hole(path):
@@ -435,8 +499,7 @@ def _read_stream(
         # MP4 states the length exactly: what is left of the last packet is the encoder's padding, not sound.
         surplus = round((at_s - float(stream.duration * stream.time_base)) * rate)
         if 0 < surplus < _PACKET and (end_s is None or at_s < end_s):
-            samples = samples[: max(len(samples) - surplus, 0)]
-    return Audio(samples, parts[0][0] or 1, channels)
+            course.surplus = surplus
 
 
 def _has_hole(path: Path) -> bool:

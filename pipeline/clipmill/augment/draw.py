@@ -1,4 +1,4 @@
-"""Random draws that the augmentations share."""
+"""What the augmentations make of the numbers that they are given."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import torch
 from torch import Tensor
 
 
-def integers_upto(high: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform integers from 0 to `high` inclusive, each with a bound of its own.
+def integers_upto(high: Tensor, u: Tensor) -> Tensor:
+    """floor(u (high + 1)): integers from 0 to `high` inclusive, each as likely where u is uniform.
 
     Args:
-        high: int64 of any shape, 0 or more; on the generator's device.
-        generator: where the draws come from.
+        high: int64 of any shape, 0 or more.
+        u: float64 of that shape, 0 to 1; float32 cannot tell apart all the starts in a clip of over 6 minutes.
 
     Returns:
-        int64 of the shape of `high`.
+        int64 of that shape.
     """
-    # float64, because float32 cannot tell apart all the starts in a clip of over 6 minutes.
-    uniform = torch.rand(high.shape, generator=generator, device=high.device, dtype=torch.float64)
-    return (uniform * (high + 1)).long()
+    return torch.minimum((u.double() * (high + 1)).long(), high)

@@ -3,6 +3,9 @@
 The modified one is between-class learning (Tokozume, Ushiku and Harada, 2018): two clips
 are mixed so that both are heard in the ratio of their labels, however loud they were
 recorded. Loudness is the A-weighted sound pressure level of the loudest moment.
+
+Each clip is given another one, commonly that of `partners`, and a ratio r; the papers
+draw it from Beta(1, 1), which is uniform.
 """
 
 from __future__ import annotations
@@ -17,64 +20,72 @@ FLOOR_DB = -80.0
 """Loudness of silence, and the least that the A-weighting takes a frequency down to."""
 
 
-def mix_standard(x: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Standard mixup: r x1 + (1 - r) x2, with the labels in the same ratio, r ~ Beta(1, 1).
+def partners(u: Tensor) -> Tensor:
+    """A partner for each clip of a batch, as a permutation: `[B]` float64 -> `[B]` int64.
+
+    For u without ties every permutation is as likely; a clip may be its own partner.
+    """
+    return torch.argsort(u, stable=True)
+
+
+def mix_standard(
+    x: Tensor, targets: Tensor, other: Tensor, other_targets: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Standard mixup (Zhang et al. 2018): r x1 + (1 - r) x2, with the labels in the same ratio.
 
     Args:
         x: `[B, ...]` floating point.
         targets: `[B, C]` floating point.
-        generator: on the device of `x`.
+        other: what each clip is mixed with, like `x`.
+        other_targets: the labels of that, like `targets`.
+        r: `[B]` floating point, 0 to 1: the share of `x`.
 
     Returns:
-        Both mixed, in their own shapes and dtypes. Partners are a random permutation of
-        the batch, so a clip may meet itself and stay as it is.
+        Both mixed, in their own shapes and dtypes.
     """
-    partner, r = _draw(x, generator)
-    return _blend(x, partner, r, 1.0 - r), _blend(targets, partner, r, 1.0 - r)
-
-
-def mix_between_class(
-    wave: Tensor, targets: Tensor, sample_rate: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Modified mixup: labels in the ratio r ~ Beta(1, 1), signals so that they sound in that ratio.
-
-    Args:
-        wave: `[B, samples]` float32 in -1..1.
-        targets: `[B, C]` floating point.
-        sample_rate: of the waveforms, in Hz.
-        generator: on the device of `wave`.
-
-    Returns:
-        Both mixed, in their own shapes and dtypes; see `mix_by_loudness`.
-    """
-    return mix_by_loudness(wave, targets, loudness_db(wave, sample_rate), generator)
+    return _blend(x, other, r, 1.0 - r), _blend(targets, other_targets, r, 1.0 - r)
 
 
 def mix_by_loudness(
-    x: Tensor, targets: Tensor, gain_db: Tensor, generator: torch.Generator
+    x: Tensor,
+    targets: Tensor,
+    gain_db: Tensor,
+    other: Tensor,
+    other_targets: Tensor,
+    other_gain_db: Tensor,
+    r: Tensor,
+    *,
+    add_energies: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Between-class mixing of any signals whose loudness is known.
+    """Modified mixup: labels in the ratio r, signals so that they sound in that ratio.
 
     With p = 1 / (1 + 10^((G1 - G2) / 20) (1 - r) / r), the mix is
     (p x1 + (1 - p) x2) / sqrt(p^2 + (1 - p)^2): energies add, not amplitudes. A clip that
     meets itself becomes up to sqrt(2) louder, and peaks may pass 1.
 
+    Without `add_energies` it is p x1 + (1 - p) x2, for log-mels in dB: they are levels, and the root
+    would make a quiet clip of -60 dB one of -85. Type 4 of the journal paper's Table 3, "modified mixup
+    on the log mel spectrogram", is taken to be this, with p of the waveforms' loudness; the paper
+    gives no formula.
+
     Args:
         x: `[B, ...]` floating point.
         targets: `[B, C]` floating point.
-        gain_db: `[B]` float32, the loudness G of each clip in dB, from `loudness_db`.
-        generator: on the device of `x`.
+        gain_db: `[B]` float32, the loudness G1 of each clip in dB, from `loudness_db`.
+        other: what each clip is mixed with, like `x`.
+        other_targets: the labels of that, like `targets`.
+        other_gain_db: the loudness G2 of that, like `gain_db`.
+        r: `[B]` floating point, 0 to 1: the share of `x`.
+        add_energies: whether `x` is a signal, and not levels in dB.
 
     Returns:
         Both mixed, in their own shapes and dtypes.
     """
-    partner, r = _draw(x, generator)
-    louder = torch.pow(10.0, (gain_db - gain_db[partner]) / 20.0)
+    louder = torch.pow(10.0, (gain_db - other_gain_db) / 20.0)
     # The paper's p with r multiplied through, so that r = 0 divides by nothing.
     p = r / (r + louder * (1.0 - r))
-    norm = torch.sqrt(p.square() + (1.0 - p).square())
-    mixed = _blend(x, partner, p / norm, (1.0 - p) / norm)
-    return mixed, _blend(targets, partner, r, 1.0 - r)
+    norm = torch.sqrt(p.square() + (1.0 - p).square()) if add_energies else 1.0
+    return _blend(x, other, p / norm, (1.0 - p) / norm), _blend(targets, other_targets, r, 1.0 - r)
 
 
 def loudness_db(wave: Tensor, sample_rate: int) -> Tensor:
@@ -116,13 +127,7 @@ def a_weighting_db(frequency_hz: Tensor) -> Tensor:
     return (2.0 + 20.0 * torch.log10(response)).clamp(min=FLOOR_DB)
 
 
-def _draw(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A partner `[B]` int64 and a ratio r `[B]` float32 for each clip; Beta(1, 1) is uniform."""
-    partner = torch.randperm(x.shape[0], generator=generator, device=x.device)
-    return partner, torch.rand(x.shape[0], generator=generator, device=x.device)
-
-
-def _blend(x: Tensor, partner: Tensor, own: Tensor, other: Tensor) -> Tensor:
-    """own x + other x[partner], with the weights `[B]` applied clip by clip; shape and dtype of `x`."""
+def _blend(x: Tensor, other: Tensor, own_share: Tensor, other_share: Tensor) -> Tensor:
+    """own_share x + other_share other, with the shares `[B]` applied clip by clip; shape and dtype of `x`."""
     shape = (-1, *[1] * (x.ndim - 1))
-    return own.view(shape).to(x.dtype) * x + other.view(shape).to(x.dtype) * x[partner]
+    return own_share.view(shape).to(x.dtype) * x + other_share.view(shape).to(x.dtype) * other

@@ -30,8 +30,10 @@ COMMANDS = (
     "leaks",
     "convert",
     "models",
+    "recipes",
     "train",
     "evaluate",
+    "report",
     "predict",
     "export",
     "bench",
@@ -75,7 +77,8 @@ def cli() -> None:
 def main() -> None:
     """Run the command line and end the process with one of the documented exit codes."""
     # What a scheduler sends before it kills ends a command as Ctrl-C does, its workers with it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.default_int_handler)
     try:
         code = cli.main(standalone_mode=False)
         sys.stdout.flush()

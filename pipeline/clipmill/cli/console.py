@@ -160,23 +160,43 @@ def weights_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def words_again(context: click.Context, without: Iterable[str]) -> list[str]:
+    """The flags that a command was given, but for some parameters by name: words that say the same again."""
+    words: list[str] = []
+    for parameter in context.command.params:
+        name, value = str(parameter.name), context.params.get(str(parameter.name))
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if not isinstance(parameter, click.Option) or name in set(without) or not given:
+            continue
+        if parameter.is_flag:
+            words.append((parameter.opts if value else parameter.secondary_opts)[-1])
+        elif parameter.multiple and value:
+            words += [word for one in value for word in (parameter.opts[-1], str(one))]
+        else:
+            words += [
+                parameter.opts[-1],
+                ",".join(map(str, value)) if isinstance(value, tuple) else str(value),
+            ]
+    return words
+
+
 def say(text: str = "") -> None:
     """Print a line for a person; to stderr, so that stdout stays for results."""
     click.echo(text, err=True)
 
 
-def say_unfinished(info: dict[str, Any]) -> None:
+def say_unfinished(info: dict[str, Any], tell: Callable[[str], None] = say) -> None:
     """Warn where a job has not built all shards that dataset.json's contents speak of."""
     if info.get("stopped"):
-        say(f"note: not all shards of {info['name']} are built: {info['stopped']}; `pipeline shard` goes on")
+        tell(f"note: not all shards of {info['name']} are built: {info['stopped']}; `pipeline shard` goes on")
 
 
-def say_of(shards: Shards) -> None:
+def say_of(shards: Shards, tell: Callable[[str], None] = say) -> None:
     """What a person should know of shards before they are used."""
     for part in shards.sets:
-        say_unfinished(part.info)
+        say_unfinished(part.info, tell)
     for note in shards.notes:
-        say(note)
+        tell(note)
 
 
 def say_losses(losses: Sequence[Failure], examples: int = 3, print_line: Callable[[str], None] = say) -> None:
@@ -276,7 +296,9 @@ class LiveWatcher(Watcher):
 
     def update(self, done: int, facts: str = "") -> None:
         """Move the bar."""
-        self._first = done if self._first is None else self._first
+        if self._first is None:  # a run that goes on is no faster for what was done before
+            self._first = done
+            self.bar.reset(self._task, completed=done)
         rate = (done - self._first) / max(time.monotonic() - self._began, 1e-9)
         self.bar.update(self._task, completed=done, rate=pace(rate), facts=facts)
 
@@ -297,8 +319,11 @@ def watching() -> Iterator[Watcher]:
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
-    """Yield `update(done, facts)` for one piece of work; see `Watcher`."""
+def progress(what: str, total: int, unit: str, *, shown: bool = True) -> Iterator[Callable[[int, str], None]]:
+    """Yield `update(done, facts)` for one piece of work; see `Watcher`. Where another process shows it, nothing is."""
+    if not shown:
+        yield lambda done, facts: None
+        return
     with watching() as watcher:
         watcher.begin(what, total, unit)
         yield watcher.update

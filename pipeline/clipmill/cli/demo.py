@@ -79,7 +79,7 @@ def _last_screen(
     trained = read_run(run, place, "best")
     said = summarize(shards)
     right = sum(
-        prediction.row(trained.labels, 1)["predictions"][0]["label"] == label
+        prediction.rows(trained.labels, 1)[0]["predictions"][0]["label"] == label
         for prediction, (_, label) in zip(
             predict_files(trained, [path for path, _ in unseen], place), unseen, strict=True
         )

@@ -78,7 +78,7 @@ def command(
 
 
 def _print(figures: dict[str, Any]) -> None:
-    names = ("accuracy", "map", "auc", "d_prime", "f1", "loss")
+    names = ("accuracy", "map", "auc", "d_prime", "f1", "ece", "loss")
     what = (
         f"{figures['model']}, {figures['weights']} weights, on {figures['scored']} ({figures['clips']} clips)"
     )

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clipmill import tables
 from clipmill.datasets import Prepared, option
@@ -183,8 +183,16 @@ def scan(root: Path, but: Path | None = None) -> tuple[list[str], list[Failure]]
     folders are followed, each folder once.
     """
     found, failures = [], []
-    for path in _walk(root, but, set()):
-        source = path.relative_to(root).as_posix()
+
+    def ours(folder: str) -> bool:
+        return Path(folder).resolve() == but or os.path.isfile(os.path.join(folder, "fetch.json"))
+
+    for one in walk(str(root), ours):
+        if one.entry is None:
+            raise one.error or OSError(f"{one.path}: cannot be read")
+        if not (one.entry.is_symlink() or one.entry.is_file(follow_symlinks=False)):
+            continue
+        source = Path(one.path).relative_to(root).as_posix()
         try:
             source.encode()
             found.append(source)
@@ -194,20 +202,51 @@ def scan(root: Path, but: Path | None = None) -> tuple[list[str], list[Failure]]
     return sorted(found), failures
 
 
-def _walk(folder: Path, but: Path | None, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    status = folder.stat()
-    ours = folder.resolve() == but or (folder / "fetch.json").is_file()  # a dataset of clipmill's own
-    if ours or (status.st_dev, status.st_ino) in seen:
+class Found(NamedTuple):
+    """What `walk` comes to.
+
+    Attributes:
+        path: of a file, or of a folder that cannot be read.
+        entry: None where it is such a folder.
+        error: why the folder cannot be read, or why nobody knows what the entry is: a link in a circle, say.
+    """
+
+    path: str
+    entry: os.DirEntry[str] | None
+    error: OSError | None = None
+
+
+def walk(
+    folder: str,
+    passed: Callable[[str], bool] = lambda folder: False,
+    seen: set[tuple[int, int]] | None = None,
+) -> Iterator[Found]:
+    """All that is no folder, at any depth below `folder`, by name; and folders that cannot be read.
+
+    Hidden files are passed over, and folders of which `passed` is true. Links to folders are followed, each
+    folder once; `seen` holds those that were.
+    """
+    seen = set() if seen is None else seen
+    try:
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen or passed(folder):
+            return
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as found:
+            entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        yield Found(folder, None, error)
         return
-    seen.add((status.st_dev, status.st_ino))
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda e: e.name):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _walk(folder / entry.name, but, seen)
-            elif entry.is_file() or entry.is_symlink():
-                yield folder / entry.name
+    for entry in entries:
+        try:
+            is_folder = entry.is_dir()
+        except OSError as error:
+            yield Found(entry.path, entry, error)
+            continue
+        if is_folder:
+            yield from walk(entry.path, passed, seen)
+        else:
+            yield Found(entry.path, entry)
 
 
 def _named_as_sound(source: str) -> bool:

@@ -14,7 +14,9 @@ from clipmill.loader.sampler import (
     Sequential,
     Shuffled,
     Weighted,
+    draws,
     inverse_frequency,
+    rank_positions,
     step_seed,
 )
 from clipmill.loader.streaming import NO_PROMISE, StreamLoader
@@ -40,6 +42,8 @@ __all__ = [
     "WholeClips",
     "check_bad",
     "choose_sampler",
+    "draws",
     "inverse_frequency",
+    "rank_positions",
     "step_seed",
 ]

@@ -81,6 +81,8 @@ class Feed:
         device: torch.device,
         tell: Callable[[Bad], None],
         watch: Callable[[int, Digest], None] | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> Loader | StreamLoader:
         """The loader of a run: its `batches` are those of each step; a stream's come whole, and are cropped later."""
         shared = {
@@ -90,6 +92,8 @@ class Feed:
             "max_bad": self.max_bad,
             "tell": tell,
             "watch": watch,
+            "rank": rank,
+            "ranks": ranks,
         }
         if self.access == "stream":
             return StreamLoader(shards, batch_size, buffer=self.buffer, **shared)  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ SLOTS = 1000
 _NOISE = 1
 """The first word of `step_seed`'s seed sequence."""
 
-_ORDER, _CLASSES, _WITHIN, _STRATA, _DRAW, _SETS, _OTHER, _CROP = range(8)
+_ORDER, _CLASSES, _WITHIN, _STRATA, _DRAW, _SETS, _OTHER, _CROP, _AUGMENT = range(9)
 """What a stream of random numbers is for: streams of different uses never meet, whatever their seed and count."""
 
 
@@ -288,8 +288,13 @@ def crop_starts(seed: int, positions: Rows, samples: Rows, crop: int) -> Rows:
     return (uniform(key(seed, _CROP, positions)) * rooms).astype(np.int64)
 
 
+def draws(seed: int, positions: Rows, count: int) -> NDArray[np.float64]:
+    """Uniform numbers for the augmentation of the clip at each position: float64 `[k, count]`, 0 to below 1."""
+    return uniform(key(seed, _AUGMENT, positions[:, None], np.arange(count)))
+
+
 def step_seed(seed: int, step: int) -> int:
-    """Seed of everything random in one step (crop, mix, mask, dropout): 0 to 2**63 - 1."""
+    """Seed of what else is random in one step, dropout: 0 to 2**63 - 1."""
     words = np.random.SeedSequence([_NOISE, seed, step]).generate_state(1, np.uint64)
     return int(words[0]) >> 1
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from clipmill.errors import ConfigError
@@ -59,25 +58,9 @@ def choose(
         return RayEngine(address, jobs or cores)
     if engine == "slurm":
         from clipmill.run.slurm import SlurmEngine
+        from clipmill.run.slurm_queue import minutes_of
 
         jobs = jobs or 1
-        minutes = _minutes(time or "4:00:00")
+        minutes = minutes_of(time or "4:00:00")
         return SlurmEngine(folder, partition, minutes, mem or _MB_A_JOB * jobs, max_jobs or 32, jobs)
     raise ConfigError(f"--engine {engine}: unknown; known: local, dask, ray, slurm")
-
-
-def _minutes(text: str) -> int:
-    """A time limit as `sbatch` takes it, in whole minutes: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if match is None:
-        raise ConfigError(f"--time {text}: is no time limit; one looks like 4:00:00 or 1-12:00:00")
-    days, first, second, third = (int(part or 0) for part in match.groups())
-    if match[1] is not None:
-        seconds = days * 86_400 + first * 3600 + second * 60 + third
-    elif match[4] is not None:
-        seconds = first * 3600 + second * 60 + third
-    else:
-        seconds = first * 60 + second
-    if not seconds:
-        raise ConfigError(f"--time {text}: allowed is a minute and more")
-    return -(-seconds // 60)

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import pickle
 import re
 import shutil
 import signal
-import subprocess
 import threading
 import time
 import uuid
@@ -30,7 +28,8 @@ from typing import Any
 
 from clipmill.errors import ConfigError, RunError
 from clipmill.run.crew import Lost
-from clipmill.run.local import Local, safe_path
+from clipmill.run.local import Local
+from clipmill.run.slurm_queue import NEVER, State, ask, cancel, check_slurm, how_it_ended, queued, submitting
 
 _LEDGER, _TRANSIT = "jobs.json", "tasks"
 
@@ -46,9 +45,6 @@ _SILENCE_S = 600.0  # Slurm's controller may restart; after so long it is gone
 _LAG_S = 20.0  # a shared disk may show a result late
 _CANCELLED_S = 120.0  # for cancelled tasks to have ended
 _WARNING_S = 60  # before the time limit, a task is told to stop
-
-_NEVER = ("PartitionTimeLimit", "PartitionConfig", "BadConstraints", "InvalidAccount", "InvalidQOS")
-"""Why a pending task will never start, and would wait for ever."""
 
 _REFUSED = {
     "partition": "--partition: `sinfo` lists those there are",
@@ -77,17 +73,7 @@ class SlurmEngine:
     jobs: int = 1
 
     def __post_init__(self) -> None:
-        try:
-            import submitit  # noqa: F401
-        except ImportError as error:
-            raise ConfigError("--engine slurm needs submitit: pip install 'clipmill[slurm]'") from error
-        if not shutil.which("sbatch"):
-            raise ConfigError("--engine slurm: there is no sbatch here; run this on a node where it is")
-        if found := set("%\\") & set(str(self.folder.resolve())):
-            raise ConfigError(
-                f"--engine slurm: {self.folder.resolve()} has {' and '.join(sorted(found))} in its path, which "
-                "Slurm would not take as it is; choose another place with --out"
-            )
+        check_slurm(self.folder)
 
     def run(
         self, function: Callable[[Any], Any], units: Sequence[Any]
@@ -221,14 +207,8 @@ class _Tasks:
             slurm_additional_parameters={"output": log, "requeue": True},
         )
         self._write(name, units)
-        said = io.StringIO()
-        try:
-            with safe_path(), _outside_slurm(), contextlib.redirect_stderr(said):
-                jobs = executor.submit_array(packs)
-        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-            why = "; ".join(line.removeprefix("sbatch: error: ") for line in str(error).splitlines())
-            hints = [f"; {hint}" for word, hint in _REFUSED.items() if word in why.lower()]
-            raise ConfigError(f"Slurm refuses {len(packs)} tasks: {why}{''.join(hints[:1])}") from error
+        with submitting(f"{len(packs)} tasks", _REFUSED):
+            jobs = executor.submit_array(packs)
         self.units |= {job.job_id: pack for job, pack in zip(jobs, units, strict=True)}
         self._write()
 
@@ -252,7 +232,7 @@ class _Tasks:
             now = time.monotonic()
             if now - asked >= min(max(_ASK_S[0], (now - began) / 20), _ASK_S[1]):
                 asked = now
-                states = _states()
+                states = queued()
                 if states is not None:
                     answered = now
                     for task in list(self.units):
@@ -276,22 +256,22 @@ class _Tasks:
         if error is not None:
             raise error
 
-    def _look(self, task: str, state: _State | None, ended: dict[str, float]) -> Iterator[tuple[str, Any]]:
+    def _look(self, task: str, state: State | None, ended: dict[str, float]) -> Iterator[tuple[str, Any]]:
         """What Slurm's word on a task without a result means: nothing, or that its units are lost."""
         if state is not None:
             ended.pop(task, None)
-            if state.reason in _NEVER:
+            if state.reason in NEVER:
                 raise ConfigError(
                     f"Slurm would never start task {task} ({state.reason}); "
                     "ask for less with --time, --mem or --jobs, or name another --partition"
                 )
             if "held" in state.reason.lower():
-                _cancel([task])
+                cancel([task])
                 yield from self._lost(
                     task, self._forget(task), "tool-error", f"Slurm holds it: {state.reason}"
                 )
             return
-        how = _how_it_ended(task)
+        how = how_it_ended(task)
         if how in ("COMPLETED", "") and time.monotonic() - ended.setdefault(task, time.monotonic()) < _LAG_S:
             return  # its result may not have reached us
         if f"{task}_0_result.pkl" in os.listdir(self.transit):
@@ -313,7 +293,7 @@ class _Tasks:
 
     def close(self) -> None:
         """Cancel what is left, and leave nothing but the logs."""
-        _cancel(list(self.units))
+        cancel(list(self.units))
         self.ledger.unlink(missing_ok=True)
         shutil.rmtree(self.transit, ignore_errors=True)
 
@@ -357,7 +337,7 @@ def _left(ledger: Path) -> dict[str, dict[str, str]]:
         raise RunError(
             f"{ledger}: is damaged ({error}); `scancel` what the run before left, and remove the file"
         ) from error
-    states = _states()
+    states = queued()
     if states is None:
         raise RunError(
             f"squeue does not answer, and tasks of the run before may still be there ({ledger}); "
@@ -370,45 +350,13 @@ def _left(ledger: Path) -> dict[str, dict[str, str]]:
     return {task: units for task, units in tasks.items() if task in states}
 
 
-@dataclass(frozen=True)
-class _State:
-    """What Slurm says of a task that it has in its queue."""
-
-    state: str
-    reason: str
-    name: str
-
-
-def _states() -> dict[str, _State] | None:
-    """This user's tasks that have not ended; None when Slurm does not answer."""
-    said = _ask("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i|%T|%r|%j")
-    if said is None:
-        return None
-    rows = [line.strip().split("|", 3) for line in said.splitlines() if line.count("|") >= 3]
-    return {task: _State(state, reason, name) for task, state, reason, name in rows}
-
-
-def _how_it_ended(task: str) -> str:
-    """Slurm's word for how a task ended; empty when it has forgotten, as it does after minutes."""
-    said = _ask("scontrol", "show", "job", task) or ""
-    found = re.search(r"JobState=(\w+)", said)
-    return found[1] if found else ""
-
-
-def _cancel(tasks: Sequence[str]) -> None:
-    if tasks:
-        # At once: a task that is merely asked to end may go on for half a minute.
-        _ask("scancel", "--quiet", "--full", "--signal=KILL", "--state=RUNNING", *tasks)
-        _ask("scancel", "--quiet", *tasks)
-
-
 def _end(tasks: Sequence[str]) -> None:
     """Cancel tasks, and wait until none of them can write any more.
 
     Raises:
         RunError: some do not end.
     """
-    _cancel(tasks)
+    cancel(tasks)
     deadline = time.monotonic() + _CANCELLED_S
     left = list(tasks)
     while left:
@@ -418,7 +366,7 @@ def _end(tasks: Sequence[str]) -> None:
                 "and run the same command again when they are gone"
             )
         time.sleep(_LOOK_S)
-        states = _states()
+        states = queued()
         left = left if states is None else [task for task in left if task in states]
 
 
@@ -428,35 +376,11 @@ def _max_array_size() -> int:
     Raises:
         RunError: Slurm's controller does not answer.
     """
-    said = _ask("scontrol", "show", "config") or ""
+    said = ask("scontrol", "show", "config") or ""
     found = re.search(r"MaxArraySize\s*=\s*(\d+)", said)
     if not found:
         raise RunError("--engine slurm: Slurm's controller does not answer; see what `scontrol ping` says")
     return int(found[1])
-
-
-def _ask(*command: str) -> str | None:
-    """What one of Slurm's commands prints; None when it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
-@contextlib.contextmanager
-def _outside_slurm() -> Iterator[None]:
-    """Without what a Slurm job that we may ourselves be part of says to sbatch and srun."""
-    ours = {
-        name: value for name, value in os.environ.items() if name.startswith(("SLURM_", "SBATCH_", "SRUN_"))
-    }
-    ours.pop("SLURM_CONF", None)
-    for name in ours:
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(ours)
 
 
 def _digest(function: Callable[[Any], Any], unit: Any) -> str:

@@ -4,6 +4,7 @@
     metrics.jsonl      one line each time the loss or the clips held out were measured, or a clip could not be read
     batches.jsonl      what each step saw, as hashes, where that was asked for
     last.pt            training state: weights, their average, Adam's moments, the step
+    previous.pt        the same of the save before, should last.pt be damaged
     best.safetensors   the averaged weights that did best on the clips held out
     events.out.*       the same figures for TensorBoard
 
@@ -14,6 +15,7 @@ Nothing is ever unpickled.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as _short
@@ -30,10 +32,12 @@ from clipmill.features import FrontEnd
 from clipmill_models import ModelError, Tagger, create_model
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pt", "best.safetensors"
+PREVIOUS, LAUNCH = "previous.pt", "torchrun.id"
 BATCHES = "batches.jsonl"
 
 FREE = frozenset({
-    *("shards", "dataset", "device", "workers", "versions", "allow_leak", "recipe.name", "recipe.model"),
+    *("shards", "dataset", "device", "versions", "allow_leak"),
+    *(f"recipe.{field}" for field in ("name", "about", "model", "init", "patience")),
     *(f"init.{field}" for field in ("from", "bytes", "weights", "matched", "parameters", "head")),
 })  # fmt: skip
 """Fields of config.json that a resumed run may change: they decide no number, or another field says the same."""
@@ -101,35 +105,76 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def batches_of(rank: int) -> str:
+    """Where a rank writes what each step saw."""
+    return f"batches-rank{rank}.jsonl" if rank else BATCHES
+
+
 def start_or_resume(
-    out: Path, config: dict[str, Any], *, resume: bool
-) -> tuple[dict[str, Any] | None, str | None]:
-    """Claim `out` for a run: (the state to go on from or None, something to tell the user or None).
+    out: Path, config: dict[str, Any], *, resume: bool, launch: str | None = None, restarts: int = 0
+) -> tuple[Path | None, list[str]]:
+    """Claim `out` for a run: (the training state to go on from or None, what to tell the user).
+
+    Args:
+        out: the run's folder.
+        config: what config.json is to say.
+        resume: whether a run that is there may be gone on with.
+        launch: what torchrun calls its start; the run that it began it goes on with by itself.
+        restarts: how often torchrun has started the ranks anew.
 
     Raises:
         TrainError: a run is there and `resume` is not given, or what is there was made otherwise.
     """
+    if launch is not None:
+        # "none" is what torchrun calls a start that nobody gave a name.
+        again = (out / LAUNCH).exists() and (out / LAUNCH).read_text() == launch
+        resume = resume or (again and (launch != "none" or restarts > 0))
+        check_unused(out, resume=resume)
+        with tables.atomic_write(out / LAUNCH, "w") as file:
+            file.write(launch)
     if not (out / CONFIG).exists():
         tables.write_json(out / CONFIG, config)
-        return None, f"--resume: {out} holds no run yet; starting from the beginning" if resume else None
-    if not resume:
+        return None, [f"--resume: {out} holds no run yet; starting from the beginning"] * resume
+    check_unused(out, resume=resume)
+    was = read_config(out)
+    saved, notes = newest_state(out)
+    if saved is not None:  # else there is nothing that a mended flag would contradict
+        _check_same(out, was, config)
+    tables.write_json(out / CONFIG, config)
+    if saved is None:
+        return None, [f"--resume: {out} holds no {LAST} yet; starting from the beginning"]
+    recipe, steps = config["recipe"], was["recipe"]["steps"]
+    if recipe["schedule"] == "one-cycle" and recipe["steps"] > steps:
+        notes.append(
+            f"the one-cycle rate, which had fallen over {steps} steps, now falls over {recipe['steps']}"
+        )
+    return saved, notes
+
+
+def check_unused(out: Path, *, resume: bool) -> None:
+    """Raise TrainError where a run is there, and is not to be gone on with."""
+    if (out / CONFIG).exists() and not resume:
         raise TrainError(
             f"{out}: already holds a run; --resume goes on with it, another --out starts a new one"
         )
-    saved = read_config(out)
-    _check_same(out, saved, config)
-    if not (out / LAST).exists():
-        tables.write_json(out / CONFIG, config)
-        return None, f"--resume: {out} holds no {LAST} yet; starting from the beginning"
-    state = read_last(out)
-    tables.write_json(out / CONFIG, config)
-    recipe, was = config["recipe"], saved["recipe"]["steps"]
-    if recipe["schedule"] == "one-cycle" and recipe["steps"] > was:
-        return (
-            state,
-            f"the one-cycle rate, which had fallen over {was} steps, now falls over {recipe['steps']}",
-        )
-    return state, None
+
+
+def newest_state(out: Path) -> tuple[Path | None, list[str]]:
+    """The newest training state of a run that can be read, None where it has none; and what to tell the user.
+
+    Raises:
+        TrainError: there are some, and none can be read.
+    """
+    there = [path for path in (out / LAST, out / PREVIOUS) if path.exists()]
+    for path in there:
+        try:
+            read_state(path, mapped=True)
+        except TrainError as error:
+            if path == there[-1]:
+                raise
+            return there[-1], [f"{error}; going on from the save before it"]
+        return path, []
+    return None, []
 
 
 def _check_same(out: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -151,21 +196,30 @@ def _check_same(out: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def save_last(out: Path, state: dict[str, Any]) -> None:
-    """Replace last.pt; `state` holds only tensors, numbers, strings, lists and dicts."""
+    """Replace last.pt, and keep the one before; `state` holds only tensors, numbers, strings, lists and dicts."""
     with tables.atomic_write(out / LAST) as file:
         torch.save(state, file)
+        # At every moment one of the two is there and whole: the new one takes the name when all of it is written.
+        if (out / LAST).exists():
+            os.replace(out / LAST, out / PREVIOUS)
 
 
 def read_last(folder: Path) -> dict[str, Any]:
-    """A run's training state, on the CPU; raises TrainError when there is none or it is damaged."""
-    path = folder / LAST
-    if not path.is_file():
-        raise TrainError(f"{path}: is not there; the run has not saved its state yet")
+    """A run's newest training state, on the CPU; raises TrainError when there is none or it is damaged."""
+    path, _ = newest_state(folder)
+    if path is None:
+        raise TrainError(f"{folder / LAST}: is not there; the run has not saved its state yet")
+    return read_state(path, mapped=True)
+
+
+def read_state(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """A training state, on the CPU; raises TrainError when it is damaged. `mapped`: tensors are read when used."""
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises whatever its zip reader or unpickler meets first
         raise TrainError(
-            f"{path}: cannot be read ({_first_line(error)}); remove it and --resume starts from the beginning"
+            f"{path}: cannot be read ({_first_line(error)}); remove it, and --resume goes on from an earlier save or "
+            "from the beginning"
         ) from error
     return state
 

@@ -34,13 +34,16 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float, *, warmup: bool) -> None:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.warmup = decay, warmup
+        # Found once: a network of hundreds of tensors is otherwise asked for them at every step.
+        ours, theirs = self.module.state_dict(), model.state_dict()
+        pairs = [(ours[name], theirs[name]) for name in ours]
+        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after step `step` (from 0)."""
-        ours, theirs = self.module.state_dict(), model.state_dict()
-        floats = [name for name, tensor in ours.items() if tensor.is_floating_point()]
+    def update(self, step: int) -> None:
+        """Take in the weights after step `step` (from 0); those of the very tensors that the network began with."""
         average = get_ema_multi_avg_fn(decay_at(step, self.decay, self.warmup))
-        average([ours[name] for name in floats], [theirs[name] for name in floats], None)
-        for name in ours.keys() - set(floats):
-            ours[name].copy_(theirs[name])
+        average([own for own, _ in self._floats], [other for _, other in self._floats], None)
+        if self._counts:
+            torch._foreach_copy_([own for own, _ in self._counts], [other for _, other in self._counts])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from clipmill.augment import to_float
 from clipmill.errors import ShardError, TrainError
 from clipmill.loader import Bad, Feed, WholeClips, check_bad
+from clipmill.loader.batches import Batch
 from clipmill.shards.read import Shards
 from clipmill.train.checkpoint import Run
 from clipmill.train.device import SECONDS_AT_ONCE
@@ -22,8 +24,13 @@ from clipmill.train.lengths import check_heard
 from clipmill.train.metrics import confusions, main_figure, measure_scores
 from clipmill.train.objective import clip_loss, probabilities
 from clipmill.train.split import held_out_again, labelled
+from clipmill.train.timing import within_memory
 
+T = TypeVar("T")
 Update = Callable[[int, str], None]
+
+HEARD = 3
+"""Classes that are told of a hard clip."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +40,70 @@ class Scored:
     Attributes:
         rows: int64 `[scored]`, the clips that could be read, in the order of the shards.
         scores: float32 `[scored, classes]`, probabilities.
+        losses: float32 `[scored]`, of each clip.
         loss: the mean of a clip.
         unread: the clips that could not be read.
     """
 
     rows: NDArray[np.int64]
     scores: NDArray[np.float32]
+    losses: NDArray[np.float32]
     loss: float
     unread: list[Bad]
+
+
+@dataclass(frozen=True)
+class HardClip:
+    """A clip that a network does badly on.
+
+    Attributes:
+        key: the clip's.
+        row: in the shards that were given to be scored, so that `shards.read(row)` is its sound.
+        shard: file name of its shard.
+        labels: the classes that it has.
+        heard: the `HEARD` likeliest classes with their probabilities, likeliest first.
+        loss: of this clip.
+    """
+
+    key: str
+    row: int
+    shard: str
+    labels: tuple[str, ...]
+    heard: tuple[tuple[str, float], ...]
+    loss: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One scoring of a run's clips: `figures` as `evaluate_run` gives them, and the hardest clips, worst first."""
+
+    figures: dict[str, Any]
+    hardest: list[HardClip]
+
+
+class Fetched:
+    """A tensor on its way from the device, which meanwhile works on; on a CPU it is there at once."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if not tensor.is_cuda:
+            self._here = tensor
+            return
+        self._here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._here.copy_(tensor, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record(torch.cuda.current_stream(tensor.device))
+
+    @property
+    def there(self) -> bool:
+        """Whether nobody need wait for it."""
+        return self._arrived is None or self._arrived.query()
+
+    def numpy(self) -> NDArray[Any]:
+        """The tensor, waited for; not what the device was sent after it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._here.numpy()
 
 
 @torch.inference_mode()
@@ -61,7 +124,7 @@ def score_clips(
 
     Raises:
         ShardError: none of the clips can be read.
-        TrainError: the network's answers are not finite.
+        TrainError: the network's answers are not finite, or memory runs out.
     """
     most = SECONDS_AT_ONCE[device.type] * shards.sample_rate
     # Whoever asks decides what to do about clips that cannot be read, once all that can be scored is.
@@ -70,27 +133,56 @@ def score_clips(
     )
     rows: list[NDArray[np.int64]] = []
     found: list[NDArray[np.float32]] = []
-    total, done = 0.0, 0
-    with closing(clips.batches()) as batches:
-        for batch in batches:
-            logits = model(features(to_float(batch.waves))).float()
-            rows.append(batch.rows.numpy())
-            found.append(probabilities(logits, loss).cpu().numpy())
-            total += float(clip_loss(logits, batch.targets, loss)) * len(batch.rows)
-            done += len(batch.rows)
+    losses: list[NDArray[np.float32]] = []
+    done = 0
+    longest_s = int(shards.samples.max(initial=0)) / shards.sample_rate
+    on_gpu = ", and --device cpu uses the machine's own memory" if device.type == "cuda" else ""
+    much = f"clips of up to {longest_s:g} s; --where 'duration_s < ...' leaves the longest out{on_gpu}"
+    with within_memory(much), closing(clips.batches()) as batches:
+        # The device goes on while the answers to the batch before are read.
+        for scored, scores, each in _one_behind(_sent(model, features, batches, loss)):
+            rows.append(scored)
+            found.append(scores.numpy())
+            losses.append(each.numpy())
+            done += len(scored)
             update(done, "")
     if not found:
         raise ShardError(
             f"none of the {len(shards)} clips to score can be read; the first: {clips.damage.found[0]}"
         )
-    scores = np.concatenate(found)
-    if not np.isfinite(scores).all():
+    answers = np.concatenate(found)
+    if not np.isfinite(answers).all():
         raise TrainError(
             "the network answers NaN: its training has diverged; begin again with a lower --learning-rate"
         )
-    scored = np.concatenate(rows)
-    order = np.argsort(scored)
-    return Scored(scored[order], scores[order], total / done, clips.damage.found)
+    read = np.concatenate(rows)
+    order = np.argsort(read)
+    each_loss = np.concatenate(losses)[order]
+    mean = float(each_loss.mean(dtype=np.float64))
+    return Scored(read[order], answers[order], each_loss, mean, clips.damage.found)
+
+
+def _sent(
+    model: nn.Module, features: nn.Module, batches: Iterable[Batch], loss: str
+) -> Iterator[tuple[NDArray[np.int64], Fetched, Fetched]]:
+    """The rows of each batch, and its probabilities `[B, classes]` and losses `[B]`, on their way."""
+    one_loss = torch.vmap(partial(clip_loss, loss=loss))
+    for batch in batches:
+        logits = model(features(to_float(batch.waves))).float()
+        # Each clip as a batch of its own.
+        each = one_loss(logits[:, None], batch.targets[:, None])
+        yield batch.rows.numpy(), Fetched(probabilities(logits, loss)), Fetched(each)
+
+
+def _one_behind(items: Iterable[T]) -> Iterator[T]:
+    """Each item once the next one is made."""
+    before: T | None = None
+    for item in items:
+        if before is not None:
+            yield before
+        before = item
+    if before is not None:
+        yield before
 
 
 def evaluate_run(
@@ -117,6 +209,28 @@ def evaluate_run(
         ShardError: more clips than `feed.max_bad` allows cannot be read.
         TrainError: the shards do not fit the run, no clip is chosen, or one is longer than the network takes.
     """
+    return evaluate_clips(
+        run, shards, device, fold=fold, split=split, where=where, feed=feed, update=update, tell=tell
+    ).figures
+
+
+def evaluate_clips(
+    run: Run,
+    shards: Shards,
+    device: torch.device,
+    *,
+    hardest: int = 0,
+    fold: int | None = None,
+    split: str | None = None,
+    where: str | None = None,
+    feed: Feed = Feed(),  # noqa: B008 - frozen
+    update: Update = lambda done, facts: None,
+    tell: Callable[[Bad], None] = lambda bad: None,
+) -> Evaluation:
+    """The figures of `evaluate_run` and, from the same scoring, the `hardest` clips: those of the highest loss.
+
+    Takes and raises what `evaluate_run` does.
+    """
     feed.check_fit(shards)
     shards = fitting(run, shards)
     rows, what = choose_clips(run, shards, fold, split, where)
@@ -124,8 +238,9 @@ def evaluate_run(
     check_heard(run.model, run.features, int(chosen.samples.max()), f"the longest clip of {what}")
     scored = score_clips(run.model, run.features, chosen, run.loss, device, feed, update, tell)
     check_bad(scored.unread, len(chosen), feed.max_bad)
-    figures = measure_scores(chosen.targets_of(scored.rows), scored.scores, run.labels, run.loss)
-    return {
+    targets = chosen.targets_of(scored.rows)
+    figures = measure_scores(targets, scored.scores, run.labels, run.loss)
+    found = {
         "run": str(run.folder),
         "weights": run.weights,
         "model": run.config["model"],
@@ -138,6 +253,24 @@ def evaluate_run(
         "confusions": confusions(figures, run.labels),
         **figures,
     }
+    return Evaluation(found, _hardest(run, shards, rows, scored, targets, hardest))
+
+
+def _hardest(
+    run: Run, shards: Shards, rows: NDArray[np.int64], scored: Scored, targets: NDArray[np.float32], most: int
+) -> list[HardClip]:
+    """The scored clips of the highest loss; `rows` are those of `shards` that were to be scored."""
+    # Stable, so that ties keep the order of the shards, and those of a clip's classes theirs.
+    worst = np.argsort(-scored.losses, kind="stable")[:most]
+    places = rows[scored.rows[worst]]
+    keys, files = shards.keys_of(places), shards.columns.at("shard", places)
+    found = []
+    for n, row, key, shard in zip(worst, places, keys, files, strict=True):
+        likeliest = np.argsort(-scored.scores[n], kind="stable")[:HEARD]
+        heard = tuple((run.labels[c], float(scored.scores[n, c])) for c in likeliest)
+        labels = tuple(run.labels[c] for c in np.flatnonzero(targets[n]))
+        found.append(HardClip(key, int(row), shard, labels, heard, float(scored.losses[n])))
+    return found
 
 
 def fitting(run: Run, shards: Shards) -> Shards:

@@ -15,15 +15,16 @@ def choose_loss(label_counts: NDArray[np.integer], asked: str = "auto") -> str:
     return "sigmoid" if (label_counts > 1).any() else "softmax"
 
 
-def clip_loss(logits: Tensor, targets: Tensor, loss: str) -> Tensor:
+def clip_loss(logits: Tensor, targets: Tensor, loss: str, smoothing: float = 0.0) -> Tensor:
     """Mean over the batch, a scalar, of logits and soft targets `[B, classes]`.
 
-    "softmax" is cross-entropy (targets become shares that sum to 1); "sigmoid" is binary
-    cross-entropy, the mean over the classes too.
+    "softmax" is cross-entropy (targets become shares that sum to 1, of which all classes get the part
+    `smoothing` alike: label smoothing, Szegedy et al. 2016); "sigmoid" is binary cross-entropy, the mean over the
+    classes too.
     """
     if loss == "sigmoid":
         return F.binary_cross_entropy_with_logits(logits, targets)
-    return F.cross_entropy(logits, targets / targets.sum(1, keepdim=True))
+    return F.cross_entropy(logits, targets / targets.sum(1, keepdim=True), label_smoothing=smoothing)
 
 
 def probabilities(logits: Tensor, loss: str) -> Tensor:

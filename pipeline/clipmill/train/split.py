@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from clipmill.errors import TrainError
+from clipmill.errors import ConfigError, TrainError
 from clipmill.shards.read import Shards
 from clipmill.types import NO_SPLIT, TRAIN_SPLITS
 
@@ -93,15 +93,50 @@ def labelled(shards: Shards) -> NDArray[np.bool_]:
     return np.asarray(shards.label_counts > 0)
 
 
+def few(names: list[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def folds_of(shards: Shards, asked: str) -> list[int]:
+    """The folds that `--folds` asks for: "all" of the shards', or some by number, such as "1,3".
+
+    Raises:
+        ConfigError: it is neither.
+        TrainError: a fold is not there, or there are fewer than two.
+    """
+    there = sorted(set(shards.folds[shards.folds >= 0].tolist()))
+    if asked == "all":
+        if len(there) < 2:
+            raise TrainError(
+                f"{shards.place}: --folds all: these clips have {'no folds' if not there else 'one fold'}; leave "
+                "--folds away, or give them folds (`pipeline fetch folder --fold-column`)"
+            )
+        return there
+    try:
+        folds = list(dict.fromkeys(int(part) for part in asked.split(",")))
+    except ValueError:
+        raise ConfigError(
+            f"--folds {asked}: allowed are all, or numbers with commas between, such as 1,3"
+        ) from None
+    for fold in folds:
+        _check_fold(fold, there)
+    return folds
+
+
 def _by_fold(shards: Shards, fold: int, why: str) -> Split:
     there = sorted(set(shards.folds[shards.folds >= 0].tolist()))
+    _check_fold(fold, there)
+    held_out = shards.folds == fold
+    train = ~held_out & shards.in_splits(*TRAIN_SPLITS, NO_SPLIT)
+    return _split(shards, "fold", fold, train, held_out, why)
+
+
+def _check_fold(fold: int, there: list[int]) -> None:
     if fold not in there:
         found = f"there are {', '.join(map(str, there))}" if there else "these clips have no folds"
         mend = "leave --fold away" if not there else "choose one with --fold"
         raise TrainError(f"no clip is in fold {fold}: {found}; {mend}")
-    held_out = shards.folds == fold
-    train = ~held_out & shards.in_splits(*TRAIN_SPLITS, NO_SPLIT)
-    return _split(shards, "fold", fold, train, held_out, why)
 
 
 def _split(

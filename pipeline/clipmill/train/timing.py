@@ -15,6 +15,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from clipmill.errors import TrainError
+
 T = TypeVar("T")
 Update = Callable[[int, str], None]
 
@@ -145,7 +147,7 @@ def unless_out_of_memory(make: Callable[[], T], device: torch.device) -> T | Non
     try:
         return make()
     except (RuntimeError, MemoryError) as error:
-        if not _says_out_of_memory(error):
+        if not says_out_of_memory(error):
             raise
     # Only here are the error's frames gone, and with them the tensors that they held.
     gc.collect()
@@ -154,10 +156,22 @@ def unless_out_of_memory(make: Callable[[], T], device: torch.device) -> T | Non
     return None
 
 
-def _says_out_of_memory(error: BaseException | None) -> bool:
+@contextmanager
+def within_memory(what: str) -> Iterator[None]:
+    """Where memory runs out, a TrainError that says what was too much, and what to do, in the words of `what`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not says_out_of_memory(error):
+            raise
+        raise TrainError(f"memory runs out with {what}") from error
+
+
+def says_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, is of memory that ran out."""
     if error is None:
         return False
     # On a CPU, and from cuBLAS, it is a plain RuntimeError; a compiled network wraps the error in its own.
     words = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or any(w in str(error).lower() for w in words) or _says_out_of_memory(error.__cause__)
+    return known or any(w in str(error).lower() for w in words) or says_out_of_memory(error.__cause__)

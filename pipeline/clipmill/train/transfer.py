@@ -74,6 +74,16 @@ def model_of(source: Path) -> str | None:
     return _safetensors(source, with_tensors=False)[1].get("model")
 
 
+def features_of(source: Path) -> dict[str, Any] | None:
+    """What the network of a run's folder was trained on, as `FrontEnd.config` says it; None where it is not known.
+
+    Raises:
+        TrainError: the run's config is damaged.
+    """
+    found = read_config(source).get("features") if (source / CONFIG).is_file() else None
+    return found if isinstance(found, dict) else None
+
+
 def read_weights(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a network's tensors by name, on the CPU. Nothing is unpickled but tensors, numbers and strings.
 

@@ -1,0 +1,215 @@
+"""Decide everything about a run before anything is written: its clips, recipe, network, and what cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipmill import __version__
+from clipmill.errors import ConfigError, TrainError
+from clipmill.features import FrontEnd
+from clipmill.loader import NO_PROMISE, Feed, Sampler, rank_positions
+from clipmill.shards.read import Shards
+from clipmill.stores import Store
+from clipmill.train.lengths import check_heard
+from clipmill.train.objective import choose_loss
+from clipmill.train.prepare import crop_samples
+from clipmill.train.recipes import Recipe
+from clipmill.train.split import Split, choose_split, few
+from clipmill.train.transfer import features_of, initialise
+from clipmill_models import ModelError, Tagger, create_model, outline_model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a run is made from; `config` is what config.json says of it, `notes` what to tell the user.
+
+    `clips` are those of `shards` to train on, `sampler` says which of them stands where; a stream has none.
+    """
+
+    shards: Shards
+    split: Split
+    clips: Shards
+    sampler: Sampler | None
+    recipe: Recipe
+    seed: int
+    device: torch.device
+    init: Path | None
+    feed: Feed
+    config: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def default_out(self) -> Path:
+        """runs/<dataset>-<model>-<what is held out>, with -init where the weights come from elsewhere."""
+        return default_out(self.shards.name, self.config["model"], self.split.tag, init=self.init is not None)
+
+    @property
+    def held_out(self) -> Shards:
+        """The clips that judge."""
+        return self.shards.take(self.split.held_out)
+
+
+def default_out(dataset: str, model: str, tag: str, *, init: bool) -> Path:
+    """Where a run goes that is not told where."""
+    return Path("runs") / (f"{dataset}-{model}-{tag}" + "-init" * init)
+
+
+def plan_run(
+    shards: Shards,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    fold: int | None = None,
+    seed: int = 0,
+    split_seed: int | None = None,
+    ranks: int = 1,
+    allow_leak: bool = False,
+    allow_missing: bool = False,
+    where: str | None = None,
+    init: Path | None = None,
+    feed: Feed = Feed(),  # noqa: B008 - frozen
+    set_weights: Sequence[float] | None = None,
+) -> Plan:
+    """Decide everything about a run, and write nothing.
+
+    Args:
+        shards: the clips, of one or several sets.
+        recipe: how to train.
+        device: where.
+        fold: to hold out; see `choose_split` for what is without one.
+        seed: of all that is random.
+        split_seed: of the groups to hold out, where they are drawn; by default `seed`.
+        ranks: into how many parts each step is divided.
+        allow_leak: let a group stand on both sides of the split.
+        allow_missing: let classes be held out that no clip to train on has.
+        where: an expression as `Shards.where` takes it: the run then neither learns from other clips nor holds
+            them out.
+        init: what `transfer.read_weights` takes: the run starts from those weights.
+        feed: how clips are read.
+        set_weights: one for each of the sets of `shards`: what share of the clips to learn from comes from each.
+
+    Raises:
+        ConfigError: the recipe's model is not known, it wants weights to start from, `where` cannot be read, or a
+            stream cannot do what is asked.
+        TrainError: the clips cannot be split, or have fewer than two classes; a class is held out that cannot be
+            learnt; `init` cannot be read, or less than half of the model fits.
+    """
+    if len(shards.labels) < 2:
+        raise TrainError(f"{shards.place}: has {len(shards.labels)} class; a tagger needs at least two")
+    if recipe.init and init is None:
+        raise ConfigError(
+            f"--recipe {recipe.name} goes on from trained weights: name them with --init RUN|FILE, or choose a "
+            "recipe from scratch"
+        )
+    feed.check_fit(shards)
+    rank_positions(0, recipe.batch_size, 0, ranks)  # says where the ranks cannot share a batch
+    split_seed = seed if split_seed is None else split_seed
+    split = choose_split(shards, fold, split_seed, allow_leak=allow_leak, where=where)
+    clips = shards.take(split.train)
+    recipe = recipe.for_clips(len(clips)).on(device.type)
+    sampler = feed.sampler(clips, recipe.sampling, seed, set_weights)
+    loss = choose_loss(shards.label_counts, recipe.loss)
+    network = create_network(recipe.model, len(shards.labels), outline_model)
+    features = FrontEnd.of(network, shards.sample_rate)
+    config = {
+        "dataset": shards.name,
+        "shards": [_absolute(part.store) for part in shards.sets],
+        "root_sha256": shards.root_sha256,
+        "files": shards.some_files,
+        "clips": {"train": len(split.train), "held_out": len(split.held_out)},
+        "held_out": {"by": split.by, "value": split.value},
+        "where": where,
+        "access": feed.access,
+        "set_weights": None if set_weights is None else list(set_weights),
+        "labels": shards.labels,
+        "sample_rate": shards.sample_rate,
+        "features": features.config,
+        "model": network.name,
+        "loss": loss,
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "init": None,
+        "allow_leak": allow_leak,
+        "device": device.type,
+        "versions": {"clipmill": __version__, "torch": torch.__version__, "numpy": np.__version__},
+    }
+    crop = crop_samples(recipe, shards.sample_rate)
+    learnt_from = crop or int(clips.samples.max())
+    what = "the crop" if crop else "the longest clip to train on"
+    check_heard(network, features, learnt_from, what, "--crop-s {most:g} cuts clips to that")
+    check_heard(network, features, int(shards.samples[split.held_out].max()), "the longest clip held out")
+    notes = [f"{len(split.train)} clips to train on, {len(split.held_out)} held out: {split.why}"]
+    notes += _unlearnable(shards, split, allow_missing)
+    if init is not None:
+        transferred, config["init"] = initialise(network, init, shards.labels, loss)
+        _check_features(init, features)
+        notes = [f"weights of {init}: {'; '.join(transferred.lines())}", *notes]
+    if network.input == "waveform":
+        if recipe.mixup == "between-class-logmel":
+            raise ConfigError(
+                f"--mixup {recipe.mixup}: {network.name} takes waveforms and has no log-mel to mix"
+            )
+        if recipe.specaugment:
+            notes.append(f"no SpecAugment: {network.name} takes waveforms")
+    if recipe.label_smoothing and loss == "sigmoid":
+        notes.append("no label smoothing: clips have several labels, each of its own")
+    if feed.access == "stream":
+        notes.append(NO_PROMISE)
+    return Plan(shards, split, clips, sampler, recipe, seed, device, init, feed, config, tuple(notes))
+
+
+def create_network(name: str, classes: int, build: Callable[[str, int], Tagger] = create_model) -> Tagger:
+    """The network called `name`; raises ConfigError where there is none."""
+    try:
+        return build(name, classes)
+    except ModelError as error:
+        raise ConfigError(f"--model {name}: {error}") from error
+
+
+def fresh_network(plan: Plan, *, resumed: bool) -> Tagger:
+    """The network with the weights that the run starts from; drawing them leaves the caller's random stream alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.seed)
+        model = create_network(plan.config["model"], len(plan.config["labels"]))
+    if plan.init is not None and not resumed:
+        initialise(model, plan.init, plan.config["labels"], plan.config["loss"])
+    # Channels last in memory is what convolutions are fastest in, on a CPU as well.
+    return model.to(plan.device).to(memory_format=torch.channels_last).train()
+
+
+def _check_features(init: Path, features: FrontEnd) -> None:
+    """Raise TrainError where the weights to start from know other features: their bins would mean other sounds."""
+    theirs = features_of(init)
+    if theirs is None or features.logmel is None or theirs.get("logmel") is None:
+        return
+    ours = features.config["logmel"]
+    if differing := sorted(name for name in ours if theirs["logmel"].get(name) != ours[name]):
+        told = ", ".join(f"{name} {theirs['logmel'].get(name)} and not {ours[name]}" for name in differing)
+        raise TrainError(
+            f"{init}: was trained on another log-mel ({told}); `pipeline shard --sample-rate "
+            f"{theirs['sample_rate']}` makes shards that fit"
+        )
+
+
+def _unlearnable(shards: Shards, split: Split, allowed: bool) -> list[str]:
+    """A note on classes that no clip to train on has; raises TrainError where clips held out have them all the same."""
+    learnt, judged = (np.unique(shards.take(rows).label_ids[0]) for rows in (split.train, split.held_out))
+    lost = [shards.labels[c] for c in np.setdiff1d(judged, learnt)]
+    if lost and not allowed:
+        raise TrainError(
+            f"no clip to train on has {few(lost)}, and clips held out do ({split.why}): what cannot be learnt would "
+            "only spoil the figures. Hold out others with --fold, leave those clips out with --where, or accept it "
+            "with --allow-missing"
+        )
+    absent = [shards.labels[c] for c in np.setdiff1d(np.arange(len(shards.labels)), learnt)]
+    return [f"cannot be learnt, for no clip to train on has it: {few(absent)}"] if absent else []
+
+
+def _absolute(store: Store) -> str:
+    return str(Path(store.place).resolve()) if store.near else store.place
