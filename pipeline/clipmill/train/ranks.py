@@ -203,6 +203,7 @@ class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     ranks = 1
+    sum_of: Callable[[Tensor], Tensor]
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any shape from `[B, C]` on."""
@@ -213,9 +214,9 @@ class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         x, axes = input.float(), [axis for axis in range(input.ndim) if axis != 1]
         shape = [1, -1, *[1] * (x.ndim - 2)]
-        mean = _sum(x.mean(axes)) / self.ranks
+        mean = self.sum_of(x.mean(axes)) / self.ranks
         apart = x - mean.view(shape)
-        variance = _sum(apart.square().mean(axes)) / self.ranks
+        variance = self.sum_of(apart.square().mean(axes)) / self.ranks
         if self.track_running_stats:
             self._remember(mean.detach(), variance.detach(), self.ranks * x.numel() // x.shape[1])
         scale = torch.rsqrt(variance + self.eps) * self.weight
@@ -248,7 +249,6 @@ class _SumOfRanks(torch.autograd.Function):
         return total
 
 
-@torch.compiler.disable  # which cannot see through it
 def _sum(part: Tensor) -> Tensor:
     total: Tensor = _SumOfRanks.apply(part)
     return total
@@ -260,6 +260,7 @@ def _synced_on_cpu(model: nn.Module, ranks: int) -> nn.Module:
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             synced = _SyncedBatchNorm(layer.num_features, layer.eps, layer.momentum)
             synced.weight, synced.bias, synced.ranks = layer.weight, layer.bias, ranks
+            synced.sum_of = torch.compiler.disable(_sum)  # a compiler cannot see through it
             for buffer, tensor in layer.named_buffers():
                 setattr(synced, buffer, tensor)
             setattr(model, name, synced.train(layer.training))
