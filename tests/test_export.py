@@ -340,9 +340,9 @@ def test_weights_that_answer_with_nothing_finite_are_an_error(trained, tmp_path)
 # As a user runs it
 
 
-def test_the_command_prints_json(folder, tmp_path, run: Callable[..., Any]):
+def test_the_command_prints_json(folder, tmp_path, here: Callable[..., Any]):
     out = tmp_path / "x.safetensors"
-    done = run("export", folder, "--format", "safetensors", "--out", out, "--json", "--weights", "last")
+    done = here("export", folder, "--format", "safetensors", "--out", out, "--json", "--weights", "last")
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)
     assert (row["file"], row["bytes"], row["weights"]) == (str(out), out.stat().st_size, "last")
@@ -357,10 +357,10 @@ def test_the_exporters_chatter_stays_off_the_terminal(inside, told):
     assert "tried on random sound of 1, 2.5 s, 1 and 3 at a time" in told.stdout
 
 
-def test_a_damaged_run_is_named_without_a_traceback(folder, tmp_path, run: Callable[..., Any]):
+def test_a_damaged_run_is_named_without_a_traceback(folder, tmp_path, here: Callable[..., Any]):
     shutil.copy(folder / "config.json", tmp_path / "config.json")
     (tmp_path / "best.safetensors").write_bytes((folder / "best.safetensors").read_bytes()[:5000])
-    done = run("export", tmp_path, "--format", "torch")
+    done = here("export", tmp_path, "--format", "torch")
     assert (done.returncode, done.stdout) == (1, "")
     assert re.search(r"best\.safetensors: cannot be read", done.stderr)
     assert "Traceback" not in done.stderr

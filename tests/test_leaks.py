@@ -177,8 +177,8 @@ def test_every_clip_is_accounted_for(said):
     assert said["leaks"] == 1 + 1 + len(COPIES)
 
 
-def test_a_person_is_told_the_same(run, mixed):
-    done = run("leaks", mixed, "--jobs", 1)
+def test_a_person_is_told_the_same(here, mixed):
+    done = here("leaks", mixed, "--jobs", 1)
     assert done.returncode == 1
     assert "speaker, across folds: 1 in mixed all fold 1, 1 in mixed all fold 2" in done.stdout
     assert "their labels differ" in done.stdout
@@ -186,20 +186,20 @@ def test_a_person_is_told_the_same(run, mixed):
     assert "1 too short, too quiet or too steady" in done.stdout
 
 
-def test_kept_fingerprints_are_used_again_and_say_the_same(run, mixed, said):
+def test_kept_fingerprints_are_used_again_and_say_the_same(here, mixed, said):
     before = (mixed / "fingerprints.parquet").stat().st_mtime_ns
-    again = json.loads(run("leaks", mixed, "--jobs", 1, "--json").stdout)
+    again = json.loads(here("leaks", mixed, "--jobs", 1, "--json").stdout)
     assert again["near"].pop("reused") == said["clips"]
     assert again["near"] == {name: value for name, value in said["near"].items() if name != "reused"}
     assert (mixed / "fingerprints.parquet").stat().st_mtime_ns == before
 
 
-def test_fingerprints_of_another_shard_or_version_are_made_anew(run, mixed, said, tmp_path):
+def test_fingerprints_of_another_shard_or_version_are_made_anew(here, mixed, said, tmp_path):
     folder = shutil.copytree(mixed, tmp_path / "s")
     kept = pq.read_table(folder / "fingerprints.parquet")
     strange = ["0" * 64 if sha == kept["sha256"][0].as_py() else sha for sha in kept["sha256"].to_pylist()]
     pq.write_table(kept.set_column(0, kept.schema.field(0), [strange]), folder / "fingerprints.parquet")
-    again = json.loads(run("leaks", folder, "--jobs", 1, "--json").stdout)
+    again = json.loads(here("leaks", folder, "--jobs", 1, "--json").stdout)
     assert 0 < again["near"]["reused"] < said["clips"]
     assert pairs(again["near"]["leaks"]) == pairs(said["near"]["leaks"])
     assert sorted(pq.read_table(folder / "fingerprints.parquet")["sha256"].to_pylist()) == sorted(
@@ -207,33 +207,33 @@ def test_fingerprints_of_another_shard_or_version_are_made_anew(run, mixed, said
     )
 
 
-def test_a_folder_that_cannot_be_written_to_is_said_so_and_searched_all_the_same(run, mixed, said, tmp_path):
+def test_a_folder_that_cannot_be_written_to_is_said_so_and_searched_all_the_same(here, mixed, said, tmp_path):
     folder = shutil.copytree(mixed, tmp_path / "s", ignore=shutil.ignore_patterns("fingerprints.parquet"))
     (folder / "fingerprints.parquet").mkdir()  # nothing can be read from there, or renamed onto it
-    done = run("leaks", folder, "--jobs", 1, "--json")
+    done = here("leaks", folder, "--jobs", 1, "--json")
     assert done.returncode == 1
     assert "cannot be written" in done.stderr
     assert pairs(json.loads(done.stdout)["near"]["leaks"]) == pairs(said["near"]["leaks"])
     assert not list(folder.glob(".*.tmp"))
 
 
-def test_one_shard_alone_keeps_what_is_known_of_the_others(run, mixed, said, tmp_path):
+def test_one_shard_alone_keeps_what_is_known_of_the_others(here, mixed, said, tmp_path):
     folder = shutil.copytree(mixed, tmp_path / "s")
     (folder / "fingerprints.parquet").unlink()
     shards = sorted(folder.glob("*.tar"))
-    first = json.loads(run("leaks", shards[0], "--jobs", 1, "--json").stdout)
-    again = json.loads(run("leaks", *shards[1:], "--jobs", 1, "--json").stdout)
+    first = json.loads(here("leaks", shards[0], "--jobs", 1, "--json").stdout)
+    again = json.loads(here("leaks", *shards[1:], "--jobs", 1, "--json").stdout)
     assert (first["near"]["reused"], again["near"]["reused"]) == (0, 0)
-    again = json.loads(run("leaks", *shards, "--jobs", 1, "--json").stdout)
+    again = json.loads(here("leaks", *shards, "--jobs", 1, "--json").stdout)
     assert again["near"]["reused"] == said["clips"]
     assert pairs(again["near"]["leaks"]) == pairs(said["near"]["leaks"])
 
 
-def test_exact_only_decodes_nothing_and_finds_no_near_copies(run, mixed, tmp_path):
+def test_exact_only_decodes_nothing_and_finds_no_near_copies(here, mixed, tmp_path):
     folder = shutil.copytree(mixed, tmp_path / "s", ignore=shutil.ignore_patterns("fingerprints.parquet"))
     for shard in folder.glob("*.tar"):
         shard.write_bytes(b"")
-    done = run("leaks", folder, "--exact-only", "--json")
+    done = here("leaks", folder, "--exact-only", "--json")
     assert done.returncode == 1
     found = json.loads(done.stdout)
     assert found["near"] is None
@@ -241,17 +241,17 @@ def test_exact_only_decodes_nothing_and_finds_no_near_copies(run, mixed, tmp_pat
     assert not (folder / "fingerprints.parquet").exists()
 
 
-def test_a_damaged_shard_is_named(run, mixed, tmp_path):
+def test_a_damaged_shard_is_named(here, mixed, tmp_path):
     folder = shutil.copytree(mixed, tmp_path / "s", ignore=shutil.ignore_patterns("fingerprints.parquet"))
     sorted(folder.glob("*.tar"))[0].write_bytes(b"")
-    done = run("leaks", folder, "--jobs", 1)
+    done = here("leaks", folder, "--jobs", 1)
     assert done.returncode == 1
     assert "cannot be read" in done.stderr
     assert "pipeline verify" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_copies_in_one_fold_are_told_and_are_no_failure(run, sharded, tmp_path):
+def test_copies_in_one_fold_are_told_and_are_no_failure(here, sharded, tmp_path):
     folder = tmp_path / "calm"
     folder.mkdir()
     for name in ("a", "b"):
@@ -260,7 +260,7 @@ def test_copies_in_one_fold_are_told_and_are_no_failure(run, sharded, tmp_path):
     soundfile.write(folder / "d.wav", tune(2), RATE)
     folds = {"a": 1, "b": 1, "c": 1, "d": 2}
     out = sharded(folder, [{"filename": f"{n}.wav", "label": "x", "fold": f} for n, f in folds.items()])
-    done = run("leaks", out, "--jobs", 1, "--json")
+    done = here("leaks", out, "--jobs", 1, "--json")
     found = json.loads(done.stdout)
     assert done.returncode == 0
     assert found["leaks"] == 0
@@ -268,7 +268,7 @@ def test_copies_in_one_fold_are_told_and_are_no_failure(run, sharded, tmp_path):
     assert len(found["near"]["harmless"]) == 1
 
 
-def test_splits_and_datasets_are_borders_too_and_a_folder_given_twice_is_one(run, sharded, tmp_path):
+def test_splits_and_datasets_are_borders_too_and_a_folder_given_twice_is_one(here, sharded, tmp_path):
     for name, seeds in (("first", (1, 2)), ("second", (1, 3))):
         (tmp_path / name).mkdir()
         for place, seed in enumerate(seeds):
@@ -287,7 +287,7 @@ def test_splits_and_datasets_are_borders_too_and_a_folder_given_twice_is_one(run
         "--format",
         "hdf5",
     )
-    found = json.loads(run("leaks", first, second, first, "--jobs", 1, "--json").stdout)
+    found = json.loads(here("leaks", first, second, first, "--jobs", 1, "--json").stdout)
     assert found["clips"] == 5
     assert [entry["across"] for entry in found["exact"]["leaks"]] == [["split"]]
     assert [entry["across"] for entry in found["near"]["leaks"]] == [["dataset"]]
@@ -295,7 +295,7 @@ def test_splits_and_datasets_are_borders_too_and_a_folder_given_twice_is_one(run
     assert [(entry["group"], entry["across"]) for entry in found["groups"]["leaks"]] == [
         ("site-7", ["split", "dataset"])
     ]
-    assert json.loads(run("leaks", second, "--jobs", 1, "--json").stdout)["leaks"] == 0
+    assert json.loads(here("leaks", second, "--jobs", 1, "--json").stdout)["leaks"] == 0
 
 
 def test_the_splits_that_are_trained_on_are_one_side(tmp_path):
@@ -319,7 +319,7 @@ def test_the_splits_that_are_trained_on_are_one_side(tmp_path):
     assert leaks(4) == [["split"], ["split"]]
 
 
-def test_silence_hum_and_noise_match_nothing(run, sharded, tmp_path):
+def test_silence_hum_and_noise_match_nothing(here, sharded, tmp_path):
     folder = tmp_path / "quiet"
     folder.mkdir()
     time = np.arange(3 * RATE) / RATE
@@ -335,7 +335,7 @@ def test_silence_hum_and_noise_match_nothing(run, sharded, tmp_path):
     for name, wave in waves.items():
         soundfile.write(folder / f"{name}.wav", wave, RATE)
     rows = [{"filename": f"{name}.wav", "label": "x", "fold": place % 2} for place, name in enumerate(waves)]
-    done = run("leaks", sharded(folder, rows, "--keep-silent"), "--jobs", 1, "--json")
+    done = here("leaks", sharded(folder, rows, "--keep-silent"), "--jobs", 1, "--json")
     found = json.loads(done.stdout)
     assert found["silent"] == 4
     assert found["leaks"] == 0, found["near"]["leaks"]
@@ -384,7 +384,7 @@ def test_nothing_to_compare_is_no_copy():
 
 @pytest.mark.shared_data
 def test_real_clips_recoded_in_another_fold_are_found_and_so_is_a_recording_that_stands_in_two_folds_of_esc10(
-    run, sharded, tmp_path
+    here, sharded, tmp_path
 ):
     folder = tmp_path / "real"
     folder.mkdir()
@@ -414,7 +414,7 @@ def test_real_clips_recoded_in_another_fold_are_found_and_so_is_a_recording_that
             {"filename": f"x{stem}.mp3", "label": listed[name]["category"], "fold": 6, "group": f"x{stem}"}
         )
         expected.add(frozenset({stem, f"x{stem}"}))
-    done = run("leaks", sharded(folder, rows, "--clips-per-shard", 64), "--jobs", 1, "--json")
+    done = here("leaks", sharded(folder, rows, "--clips-per-shard", 64), "--jobs", 1, "--json")
     assert done.returncode == 1
     found = json.loads(done.stdout)
     assert pairs(found["near"]["leaks"]) == expected

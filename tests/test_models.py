@@ -156,12 +156,12 @@ def test_the_command_prints_every_network_with_what_is_printed_of_it(listed) -> 
     } in listed["erann-1-6"]["printed"]  # fmt: skip
 
 
-def test_the_command_sizes_any_network_that_is_named(run) -> None:
-    done = run("models", "erann-2-12", "ERANN-1-6")
+def test_the_command_sizes_any_network_that_is_named(here) -> None:
+    done = here("models", "erann-2-12", "ERANN-1-6")
     assert done.returncode == 0, done.stderr
     assert re.search(r"erann-2-12 +log-mel +218,812,433 +235.52 G", done.stdout)
     assert re.search(r"54.2 M +54.2 M +journal, Table 6; 50 classes", done.stdout)
-    wrong = run("models", "erann-9-6")
+    wrong = here("models", "erann-9-6")
     assert wrong.returncode == 2
     assert (
         "error: no model is called 'erann-9-6': allowed is erann-{s_m}-{W} with s_m 0, 1, 2 or 3"

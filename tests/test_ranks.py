@@ -49,7 +49,7 @@ def children(pid: int) -> list[int]:
 def alone(easy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process makes of the command."""
     out = tmp_path_factory.mktemp("runs") / "alone"
-    asked = command(easy, out, *FLAGS, "--no-page")[4:]
+    asked = command(easy, out, *FLAGS)[4:]
     assert train_command.main(asked, standalone_mode=False) == 0
     return out
 
@@ -64,7 +64,7 @@ def close(one: Path, other: Path) -> None:
 
 
 def test_two_ranks_give_the_loss_curve_of_one_process_with_the_batch_of_both(easy, alone, tmp_path):
-    process = torchrun(easy, tmp_path / "pair", *FLAGS, "--log-batches", "--no-page")
+    process = torchrun(easy, tmp_path / "pair", *FLAGS, "--log-batches")
     out, said = process.communicate(timeout=250)
     assert process.returncode == 0, said
     close(tmp_path / "pair", alone)
@@ -80,7 +80,7 @@ def test_a_rank_that_is_killed_is_started_again_with_the_others_and_goes_on_from
     easy, alone, tmp_path
 ):
     out = tmp_path / "killed"
-    process = torchrun(easy, out, *FLAGS, "--no-page", restarts=1)
+    process = torchrun(easy, out, *FLAGS, restarts=1)
     while not (out / "last.pt").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -105,7 +105,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_each_saves_nothing_twice
 
 
 def test_ranks_cross_validate_together(easy, tmp_path):
-    flags = ("--steps", "2", "--eval-every", "2", "--mixup", "none", "--no-page", "--access", "random")
+    flags = ("--steps", "2", "--eval-every", "2", "--mixup", "none", "--access", "random")
     python, *words = command(easy, tmp_path / "cv", *flags)
     at = words.index("--fold")
     words[at : at + 2] = ["--folds", "1,2"]

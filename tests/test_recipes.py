@@ -172,15 +172,15 @@ def test_noise_of_a_recipe_can_be_switched_off():
     assert choose_recipe("esc50", "cpu", "gmme-esc50", noise_snr_db=float("inf"))[0].noise_snr_db is None
 
 
-def test_what_recipes_prints_is_a_file_that_says_the_same(tmp_path, run):
+def test_what_recipes_prints_is_a_file_that_says_the_same(tmp_path, here):
     for name, recipe in RECIPES.items():
         path = tmp_path / f"{name}.toml"
         path.write_text(as_toml(recipe))
         assert read_recipe(path) == recipe
-    listed = run("recipes")
+    listed = here("recipes")
     assert listed.returncode == 0
     assert all(name in listed.stdout for name in RECIPES)
-    assert run("recipes", "ravdess-scratch").stdout == as_toml(RECIPES["ravdess-scratch"])
+    assert here("recipes", "ravdess-scratch").stdout == as_toml(RECIPES["ravdess-scratch"])
 
 
 def test_a_file_of_ones_own_may_hold_what_differs_alone(tmp_path):

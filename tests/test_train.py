@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,7 +186,7 @@ def calling() -> list[str]:
 
 
 def command(where: Path, out: Path, *more: str) -> list[str]:
-    flags = "--fold 1 --model erann-3-1 --steps 16 --batch-size 4 --crop-s 1 --eval-every 8 --save-every 2 --device cpu"
+    flags = "--fold 1 --model erann-3-1 --steps 16 --batch-size 4 --crop-s 1 --eval-every 8 --save-every 2 --device cpu --no-page"
     return [
         sys.executable,
         "-m",
@@ -219,7 +218,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(easy, tmp_path):
     """Twenty steps with all augmentations, against ten, a SIGKILL, and ten."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     flags = (
-        *("--steps", "20", "--eval-every", "10", "--save-every", "10", "--log-batches", "--no-page"),
+        *("--steps", "20", "--eval-every", "10", "--save-every", "10", "--log-batches"),
         *("--mixup", "between-class", "--pitch-semitones", "2", "--stretch", "0.2", "--noise-snr-db", "10"),
     )
     done = start(*command(easy, straight, *flags))
@@ -430,13 +429,13 @@ def test_devices_are_checked():
         pick_device("cuda:99")
 
 
-def test_the_command_ends_bad_usage_with_one_line_and_its_code(easy, tmp_path, run: Callable[..., Any]):
-    wrong = run("train", "--shards", easy, "--steps", "0")
+def test_the_command_ends_bad_usage_with_one_line_and_its_code(easy, tmp_path, here):
+    wrong = here("train", "--shards", easy, "--steps", "0")
     assert (wrong.returncode, wrong.stderr.strip()) == (
         2,
         "error: --steps 0: allowed is any whole number from 1 up",
     )
-    absent = run("train", "--shards", easy, "--fold", "9", "--out", tmp_path / "x")
+    absent = here("train", "--shards", easy, "--fold", "9", "--out", tmp_path / "x")
     assert absent.returncode == 1
     assert (
         absent.stderr.strip() == "error: no clip is in fold 9: there are 1, 2, 3, 4; choose one with --fold"
@@ -631,13 +630,13 @@ def test_a_resumed_run_that_was_given_weights_is_the_undisturbed_one(easy, taugh
     assert same_state(read_last(tmp_path / "whole"), read_last(tmp_path / "halves"))
 
 
-def test_the_command_takes_the_network_of_the_weights_unless_told(easy, taught, tmp_path, run):
+def test_the_command_takes_the_network_of_the_weights_unless_told(easy, taught, tmp_path, here):
     asked = ("train", "--shards", easy, "--device", "cpu", "--steps", 1, "--eval-every", 1, "--crop-s", 0.5)
-    done = run(*asked, "--init", taught, "--out", tmp_path / "x")
+    done = here(*asked, "--init", taught, "--out", tmp_path / "x")
     assert done.returncode == 0, done.stderr
     assert "erann-3-1, 1 steps" in done.stderr
     assert f"weights of {taught}: 279 tensors taken over" in done.stderr
-    wrong = run(*asked, "--init", taught, "--model", "cnn14", "--out", tmp_path / "z")
+    wrong = here(*asked, "--init", taught, "--model", "cnn14", "--out", tmp_path / "z")
     assert wrong.returncode == 1
     assert f"error: {taught / 'best.safetensors'}: 0 of" in wrong.stderr
     assert not (tmp_path / "z").exists()

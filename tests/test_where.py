@@ -262,29 +262,29 @@ def test_shards_without_any_clip_can_be_filtered_too(folder_of):
 # inspect
 
 
-def test_inspect_speaks_of_the_clips_that_are_kept(run, folder_of):
+def test_inspect_speaks_of_the_clips_that_are_kept(here, folder_of):
     folder = folder_of(FIVE)
-    done = run("inspect", folder, "--where", "silent < 0.9")
+    done = here("inspect", folder, "--where", "silent < 0.9")
     assert done.returncode == 0, done.stderr
     assert "where silent < 0.9:\n2 of 5 clips, " in done.stdout
     assert "of the whole dataset: 24 in = 24 written" in done.stdout
-    said = json.loads(run("inspect", folder, "--where", "silent < 0.9", "--json").stdout)
+    said = json.loads(here("inspect", folder, "--where", "silent < 0.9", "--json").stdout)
     assert (said["clips"], said["clips_of"], said["where"], said["whole"]) == (2, 5, "silent < 0.9", False)
     assert said["labels"] == {"a dog": 0, "cat": 0, "dog": 1}
     assert said["duration_s"]["max"] == 5.0
 
 
-def test_inspect_ends_with_2_for_what_it_cannot_read_and_1_for_what_keeps_nothing(run, folder_of):
+def test_inspect_ends_with_2_for_what_it_cannot_read_and_1_for_what_keeps_nothing(here, folder_of):
     folder = folder_of(FIVE)
-    wrong = run("inspect", folder, "--where", "silnt < 1")
+    wrong = here("inspect", folder, "--where", "silnt < 1")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: --where 'silnt < 1': `silnt` at character 1 is no column")
-    none = run("inspect", folder, "--where", "silent > 1")
+    none = here("inspect", folder, "--where", "silent > 1")
     assert (none.returncode, none.stdout) == (1, "")
     assert "keeps none of 5 clips" in none.stderr
 
 
-def test_inspect_shows_the_quality_columns_in_units_that_one_can_read(run, folder_of):
+def test_inspect_shows_the_quality_columns_in_units_that_one_can_read(here, folder_of):
     quality = {
         "dc": [0.0, 0.00125, -0.5, 0.0, 0.0],
         "clipped": [0.0, 0.0001, 0.0, 0.0, 0.0],
@@ -292,11 +292,11 @@ def test_inspect_shows_the_quality_columns_in_units_that_one_can_read(run, folde
         "bandwidth_hz": [22050.0, 3400.0, 8000.0, 0.0, 16000.0],
     }
     folder = folder_of(index_of(5, **quality))
-    said = json.loads(run("inspect", folder, "--json").stdout)
+    said = json.loads(here("inspect", folder, "--json").stdout)
     assert said["clipped"]["max"] == pytest.approx(0.0001)
     assert said["dc"]["min"] == -0.5
     assert said["quality"] == {"clipped": 1, "more_than_half_silent": 2, "narrow": 2}
-    shown = run("inspect", folder).stdout
+    shown = here("inspect", folder).stdout
     rows = {line.split("  ")[0]: line.split()[-6:] for line in shown.splitlines()}
     assert rows["DC (% of full scale)"][0] == "-50.000"
     assert rows["clipped (% of samples)"][4] == "0.010"
@@ -305,7 +305,9 @@ def test_inspect_shows_the_quality_columns_in_units_that_one_can_read(run, folde
     assert "clipped somewhere: 1 clip (20.0%)" in shown
     assert "silent for more than half of their time: 2 clips (40.0%)" in shown
     assert "without anything above 8 kHz: 2 clips (40.0%)" in shown
-    fine = run("inspect", folder, "--where", "clipped == 0 and silent <= 0.5 and bandwidth_hz >= 8000").stdout
+    fine = here(
+        "inspect", folder, "--where", "clipped == 0 and silent <= 0.5 and bandwidth_hz >= 8000"
+    ).stdout
     for what in ("clipped somewhere", "silent for more", "without anything"):
         assert what not in fine
 
@@ -404,16 +406,16 @@ def test_a_filtered_run_gives_its_figures_again_unless_other_clips_are_asked_for
         evaluate_run(run, shards, CPU, where="duration_s > 9")
 
 
-def test_the_commands_take_the_filter(run, easy, tmp_path):
+def test_the_commands_take_the_filter(here, easy, tmp_path):
     flags = ["--shards", easy, "--where", LONG, "--device", "cpu", "--workers", "0"]
     network = ["--model", "erann-3-1", "--steps", "2", "--batch-size", "4", "--crop-s", "1"]
-    done = run("train", *flags, *network, "--fold", "1", "--out", tmp_path / "x")
+    done = here("train", *flags, *network, "--fold", "1", "--out", tmp_path / "x", "--no-page")
     assert done.returncode == 0, done.stderr
     assert "12 clips left out by --where 'duration_s >= 1'" in done.stderr
-    scored = run("evaluate", tmp_path / "x", *flags, "--fold", "2", "--json")
+    scored = here("evaluate", tmp_path / "x", *flags, "--fold", "2", "--json")
     assert scored.returncode == 0, scored.stderr
     assert json.loads(scored.stdout)["scored"] == "fold 2 where duration_s >= 1"
-    wrong = run("train", *flags[:2], "--out", tmp_path / "y", "--where", "import os")
+    wrong = here("train", *flags[:2], "--out", tmp_path / "y", "--where", "import os")
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1].startswith("error: --where 'import os': cannot be read")
     assert not (tmp_path / "y").exists()
