@@ -83,11 +83,11 @@ def test_in_bf16_the_network_alone_is_and_features_weights_gradients_and_loss_st
     assert heard.dtype == torch.float32
 
 
-def test_a_run_in_bf16_learns_too(easy, tmp_path):
-    outcome = train(plan_of(easy, replace(TINY, precision="bf16")), tmp_path)
-    assert outcome.done
-    assert all(math.isfinite(row["loss"]) for row in lines(tmp_path, "train"))
-    assert json.loads((tmp_path / "config.json").read_text())["recipe"]["precision"] == "bf16"
+def test_bf16_on_a_cpu_where_torch_is_not_sound_is_told(easy):
+    assert any(
+        "--precision fp32 is safe" in note for note in plan_of(easy, replace(TINY, precision="bf16")).notes
+    )
+    assert not any("bf16" in note for note in plan_of(easy).notes)
 
 
 def test_gradients_are_clipped_to_the_norm(easy):

@@ -159,6 +159,11 @@ def plan_run(
             notes.append(f"no SpecAugment: {network.name} takes waveforms")
     if recipe.label_smoothing and loss == "sigmoid":
         notes.append("no label smoothing: clips have several labels, each of its own")
+    if recipe.precision == "bf16" and device.type == "cpu":
+        notes.append(
+            "--precision bf16 on a CPU: torch 2.14.1's convolutions were seen to give NaN now and then, which ends a "
+            "run; --precision fp32 is safe"
+        )
     if feed.access == "stream":
         notes.append(NO_PROMISE)
     return Plan(shards, split, clips, sampler, recipe, seed, device, init, feed, config, tuple(notes))
