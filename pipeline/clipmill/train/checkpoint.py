@@ -105,7 +105,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def batches_of(rank: int) -> str:
+def batches_file(rank: int) -> str:
     """Where a rank writes what each step saw."""
     return f"batches-rank{rank}.jsonl" if rank else BATCHES
 

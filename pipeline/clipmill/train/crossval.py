@@ -109,9 +109,9 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "main_figure": best[0]["main_figure"] if best else None,
         "runs": rows,
         "mean": _over(best, mean),
-        "deviation": _over(best, lambda values: stdev(values) if len(values) > 1 else None),
+        "deviation": _over(best, _deviation),
         "last_mean": _over(last, mean),
-        "last_deviation": _over(last, lambda values: stdev(values) if len(values) > 1 else None),
+        "last_deviation": _over(last, _deviation),
         "by_seed": [
             {"seed": seed, "mean": _over([row["best"] for row in done if row["seed"] == seed], mean)} for seed in seeds
         ],
@@ -126,6 +126,11 @@ def check_free(out: Path, parts: list[Part], *, resume: bool) -> None:
             f"{out}: already holds {len(there)} of these {len(parts)} runs; --resume goes on with them, another --out "
             "starts new ones"
         )
+
+
+def _deviation(values: list[float]) -> float | None:
+    """Of a sample; None of one value."""
+    return stdev(values) if len(values) > 1 else None
 
 
 def _over(

@@ -186,7 +186,7 @@ class Log:
         self._out, self._say, self._step, self._told = out, say, start, 0
         self._file: IO[str] | None = None
         self._batches: IO[str] | None = None
-        self._batches_path = out / checkpoint.batches_of(ranks.rank)
+        self._batches_path = out / checkpoint.batches_file(ranks.rank)
         checkpoint.keep_lines_until(self._batches_path, start)
         self._sinks: list[Sink] = []
         if ranks.first:

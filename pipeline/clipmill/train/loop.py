@@ -160,8 +160,8 @@ def _learn(
 
             stopping, bads = ranks.meet(stop(), found)
             log.bad(bads)
-            account.note(bads)  # all ranks together may not lose more than one alone
             found.clear()
+            account.note(bads)  # all ranks together may not lose more than one alone
             saving = save_every is not None and step % save_every == 0
             look = stopping or saving or _evaluation_due(recipe, step, last)
             if measured := meter.step(step, loss, learning_rate_at(recipe, step - 1), waited_s, look=look):

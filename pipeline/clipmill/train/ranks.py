@@ -43,7 +43,7 @@ class Ranks:
     def meet(self, stop: bool, found: list[Any]) -> tuple[bool, list[Any]]:
         """Whether any rank is to stop, and what all of them have found: the same answer for each."""
         if self.count == 1:
-            return stop, found
+            return stop, list(found)
         both = torch.tensor([int(stop), len(found)])  # on the CPU: the device is not waited for
         dist.all_reduce(both)
         everything = [one for part in self.gathered(found) for one in part] if both[1] else []
