@@ -18,28 +18,25 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done in part (some clips failed; 
 """
 
 
-def every_command() -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """The words of each command, subcommands and the root included, and the command."""
-    yield from _walk(("pipeline",), cli)
+def every_command() -> Iterator[click.Context]:
+    """A context of each command, subcommands and the root included, as the command line makes it."""
+    yield from _walk(click.Context(cli, info_name="pipeline", terminal_width=100, **cli.context_settings))
 
 
 def reference() -> str:
     """The whole reference as Markdown."""
-    pages = []
-    for words, command in every_command():
-        context = click.Context(command, info_name=" ".join(words), max_content_width=100, terminal_width=100)
-        pages.append(f"## {' '.join(words)}\n\n```\n{command.get_help(context)}\n```\n")
+    pages = [f"## {at.command_path}\n\n```\n{at.command.get_help(at)}\n```\n" for at in every_command()]
     return inspect.cleandoc(_HEAD) + "\n\n" + "\n".join(pages)
 
 
-def _walk(words: tuple[str, ...], command: click.Command) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    yield words, command
+def _walk(context: click.Context) -> Iterator[click.Context]:
+    yield context
+    command = context.command
     if isinstance(command, click.Group):
-        context = click.Context(command)
         for name in command.list_commands(context):
             below = command.get_command(context, name)
             assert below is not None
-            yield from _walk((*words, name), below)
+            yield from _walk(click.Context(below, parent=context, info_name=name, **below.context_settings))
 
 
 if __name__ == "__main__":
