@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import soundfile
 
+import warm
+
 REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("CLIPMILL_SHARED_DATA", REPO.parent / "shared" / "data"))
 
@@ -30,21 +32,24 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 LONGEST = (
     "test_engines",
-    "test_fetch_audioset",
-    "test_faults",
-    "test_repair",
-    "test_leaks",
-    "test_real_clips",
     "test_ranks",
+    "test_faults",
+    "test_fetch_audioset",
     "test_slurm_job",
-    "test_train",
-    "test_trainer",
-    "test_resume",
-    "test_loader",
-    "test_store",
+    "test_segments",
     "test_export",
+    "test_train",
+    "test_segment",
+    "test_resume",
+    "test_eat",
+    "test_loader",
+    "test_repair",
+    "test_trainer",
+    "test_models",
+    "test_real_clips",
+    "test_shards",
 )
-"""Files that take half a minute and more."""
+"""Files that take twenty seconds and more."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -133,22 +138,29 @@ def _one_thread() -> None:
 def pipeline(
     *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
-    """Run the command in a process of its own, as a user would; output as text."""
-    command = [sys.executable, "-m", "clipmill", *map(str, arguments)]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, **(env or {})},
-        timeout=280,
-        check=False,
-    )
+    """Run the command in a process of its own, as a user would but for the imports; output as text."""
+    return warm.run("clipmill", *arguments, cwd=cwd, env=env)
 
 
 @pytest.fixture(scope="session")
 def run() -> Callable[..., subprocess.CompletedProcess]:
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def cold() -> Callable[..., subprocess.CompletedProcess]:
+    """As `run`, but from nothing, as a user starts it: for what a test of that start is."""
+
+    def call(
+        *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "clipmill", *map(str, arguments)]
+        settings = {**os.environ, **(env or {})}
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=cwd, env=settings, timeout=280, check=False
+        )
+
+    return call
 
 
 @pytest.fixture
@@ -174,6 +186,22 @@ def here(
         return subprocess.CompletedProcess(sys.argv, ended.value.code, said.out, said.err)
 
     return call
+
+
+SHALLOW = "from clipmill_models import erann; erann._stage.__kwdefaults__['blocks'] = 1"
+"""One block a stage and not four, in each ERANN made from here on."""
+
+
+@pytest.fixture(scope="module")
+def shallow() -> Iterator[None]:
+    """For tests that train or export networks, and ask nothing that four blocks would answer otherwise than one."""
+    from clipmill_models import erann
+
+    defaults = erann._stage.__kwdefaults__
+    before = dict(defaults)
+    exec(SHALLOW)
+    yield
+    defaults.update(before)
 
 
 def sound(seconds: float, rate: int, channels: int = 1, seed: int = 0, level: float = 0.3) -> np.ndarray:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import mlcroissant
@@ -19,6 +17,7 @@ import soundfile
 import yaml
 from markdown_it import MarkdownIt
 
+import warm
 from clipmill import tables
 from clipmill.shards.card import COLUMNS
 from clipmill.shards.job import make_shards
@@ -290,13 +289,13 @@ def test_shards_that_were_not_built_are_left_out_of_what_is_read(make, tmp_path)
 
 
 def read_by(snippet: str, folder: Path) -> str:
-    """What a snippet prints, run in a folder by a fresh interpreter."""
-    env = os.environ | {"PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=folder, capture_output=True, env=env, timeout=120
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode()
+    """What a snippet prints, run in a folder by a process of its own."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py", encoding="utf-8") as file:
+        file.write(snippet)
+        file.flush()
+        done = warm.run(Path(file.name), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_equal_shards_give_equal_bytes_wherever_they_stand(rich, tmp_path):

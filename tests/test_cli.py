@@ -37,19 +37,19 @@ def media(tmp_path: Path) -> Path:
     return tmp_path / "media"
 
 
-def test_the_whole_contract_from_a_folder_to_verified_shards(run, media, tmp_path):
+def test_the_whole_contract_from_a_folder_to_verified_shards(cold, media, tmp_path):
     (tmp_path / "l.csv").write_text(
         "filename,category,fold,src_file\n"
         + "".join(f"{n}.wav,{'dog' if n % 2 else 'cat'},{n % 3},{n}\n" for n in range(6))
     )
     root = tmp_path / "data"
-    done = run(
+    done = cold(
         "fetch", "folder", "--name", "esc10", "--from", media, "--labels", tmp_path / "l.csv", "--file-column", "filename",
         "--label-column", "category", "--fold-column", "fold", "--group-column", "src_file", "--root", root,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "6 in = 6 had + 0 failed + 0 skipped" in done.stderr
-    done = run(
+    done = cold(
         "shard", "esc10", "--root", root, "--format", "webdataset", "--encoding", "flac", "--jobs", "2"
     )
     assert done.returncode == 0, done.stderr
@@ -58,13 +58,13 @@ def test_the_whole_contract_from_a_folder_to_verified_shards(run, media, tmp_pat
         "README.md", "croissant.json", "dataset.json", "esc10-all-000000.json", "esc10-all-000000.tar",
         "failures.jsonl", "index.parquet", "plan.parquet",
     ]  # fmt: skip
-    said = json.loads(run("inspect", shards, "--json").stdout)
+    said = json.loads(cold("inspect", shards, "--json").stdout)
     assert said["clips"] == 6
     assert said["labels"] == {"cat": 3, "dog": 3}
     assert said["folds"] == {"0": 2, "1": 2, "2": 2}
     assert said["duration_s"]["median"] == 0.5
     assert said["counts"] == {"in": 6, "written": 6, "failed": 0, "skipped": 0, "reasons": {}}
-    verdict = json.loads(run("verify", shards, "--json").stdout)
+    verdict = json.loads(cold("verify", shards, "--json").stdout)
     assert verdict["sound"]
     assert (
         verdict["root_sha256"]

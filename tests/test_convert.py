@@ -87,14 +87,14 @@ def test_a_damaged_clip_is_named_and_never_converted(make, tmp_path):
     assert not (tmp_path / "b/dataset.json").exists()
 
 
-def test_the_command_says_what_it_made_and_where(run, make, tmp_path):
+def test_the_command_says_what_it_made_and_where(cold, make, tmp_path):
     make(tmp_path / "webdataset-flac-44100")
-    done = run("convert", tmp_path / "webdataset-flac-44100", "--jobs", 2, "--json")
+    done = cold("convert", tmp_path / "webdataset-flac-44100", "--jobs", 2, "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["folder"] == str(tmp_path / "hdf5-pcm16-44100")
     assert "small: 22 clips in 5 hdf5 shards" in done.stderr
-    assert run("verify", tmp_path / "hdf5-pcm16-44100").returncode == 0
+    assert cold("verify", tmp_path / "hdf5-pcm16-44100").returncode == 0
 
 
 def test_overwriting_takes_nothing_but_its_own(make, tmp_path):

@@ -7,7 +7,6 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import warm
 from clipmill import tables
 from clipmill.run import Local, Lost, run_rounds, run_units
 from clipmill.shards.plan import ShardSpec
@@ -28,19 +28,19 @@ from clipmill.types import Clip
 from conftest import sound
 from units import double
 
-COMMAND = [sys.executable, "-m", "clipmill"]
+CLIPS = 60
 
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 sound clips of four kinds."""
+    """Sound clips of four kinds."""
     folder = tmp_path_factory.mktemp("media")
     kinds = [("wav", 48000, 2), ("flac", 44100, 1), ("ogg", 22050, 1), ("wav", 8000, 1)]
-    for number in range(120):
+    for number in range(CLIPS):
         suffix, rate, channels = kinds[number % 4]
         path = folder / f"{'abc'[number % 3]}/{number:03d}.{suffix}"
         path.parent.mkdir(exist_ok=True)
-        soundfile.write(path, sound(0.5 + number / 100, rate, channels, seed=number), rate)
+        soundfile.write(path, sound(0.5 + number / 50, rate, channels, seed=number), rate)
     return folder
 
 
@@ -52,10 +52,10 @@ def root(media: Path, tmp_path_factory: pytest.TempPathFactory, run) -> Path:
     return place
 
 
-def shard(root: Path, out: Path, *more: object) -> list[str]:
+def shard(root: Path, out: Path, *more: object) -> tuple[object, ...]:
     """The command that shards them, two processes at it."""
-    given = ("shard", "many", "--root", root, "--out", out, "--clips-per-shard", 3, "--jobs", 2, *more)
-    return [*COMMAND, *map(str, given)]
+    given = ("shard", "many", "--root", root, "--out", out, "--clips-per-shard", 3, "--jobs", 2)
+    return ("clipmill", *given, *more)
 
 
 def descendants(pid: int) -> list[int]:
@@ -85,8 +85,7 @@ def undisturbed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     @cache
     def made(form: str) -> str:
         out = tmp_path_factory.mktemp("undisturbed") / form
-        command = shard(root, out, "--format", form, "--jobs", 1)
-        assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
+        assert warm.run(*shard(root, out, "--format", form, "--jobs", 1)).returncode == 0
         return tables.read_json(out / "dataset.json")["root_sha256"]
 
     return made
@@ -105,17 +104,17 @@ def held(path: Path) -> Iterator[None]:
             signal.signal(signal.SIGIO, before)
 
 
-def test_thirty_random_kills_of_workers_decoders_and_driver_change_no_byte(root, undisturbed, tmp_path):
+def test_twelve_random_kills_of_workers_decoders_and_driver_change_no_byte(root, undisturbed, tmp_path):
     expected = undisturbed("webdataset")
     rng = np.random.default_rng(0)
     kills, rounds, victims = 0, 0, set()
-    while kills < 30:  # a job that ended is begun anew, elsewhere
+    while kills < 12:  # a job that ended is begun anew, elsewhere
         out = tmp_path / f"killed {rounds}"
         rounds += 1
         done = False
         while not done:
-            with subprocess.Popen(shard(root, out), stderr=subprocess.DEVNULL) as driver:
-                while kills < 30:
+            with warm.start(*shard(root, out)) as driver:
+                while kills < 12:
                     time.sleep(rng.uniform(0.1, 0.6))
                     if driver.poll() is not None:
                         break
@@ -134,13 +133,13 @@ def test_thirty_random_kills_of_workers_decoders_and_driver_change_no_byte(root,
             assert done or driver.returncode in (-signal.SIGKILL, 3)
         said = tables.read_json(out / "dataset.json")
         assert said["root_sha256"] == expected
-        assert said["counts"]["written"] == 120
+        assert said["counts"]["written"] == CLIPS
     assert victims == {"driver", "other"}
     assert verify(out).problems == []
 
 
 def test_nothing_that_a_killed_driver_started_lives_on(root, tmp_path):
-    with subprocess.Popen(shard(root, tmp_path / "s"), stderr=subprocess.DEVNULL) as driver:
+    with warm.start(*shard(root, tmp_path / "s")) as driver:
         while len(started := descendants(driver.pid)) < 4:  # two workers, each with its decoder
             time.sleep(0.05)
             assert driver.poll() is None
@@ -154,24 +153,17 @@ def test_nothing_that_a_killed_driver_started_lives_on(root, tmp_path):
 def test_a_source_that_hangs_costs_that_clip_and_retry_has_it(root, media, tmp_path):
     out = tmp_path / "s"
     with held(media / "a/003.wav"):
-        done = subprocess.run(
-            shard(root, out, "--clip-timeout", 2), capture_output=True, text=True, check=False
-        )
+        done = warm.run(*shard(root, out, "--clip-timeout", 2))
     assert done.returncode == 3, done.stderr
     assert "timeout (it took longer than the time limit): 1" in done.stderr
     counts = tables.read_json(out / "dataset.json")["counts"]
-    assert (counts["written"], counts["reasons"]) == (119, {"timeout": 1})
+    assert (counts["written"], counts["reasons"]) == (CLIPS - 1, {"timeout": 1})
     (row,) = tables.read_jsonl(out / "failures.jsonl")
     assert (row["source"], row["message"]) == ("a/003.wav", "took longer than the 2 s of --clip-timeout")
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert (
-        subprocess.run(
-            shard(root, out, "--retry", "timeout"), stderr=subprocess.DEVNULL, check=False
-        ).returncode
-        == 0
-    )
+    assert warm.run(*shard(root, out, "--retry", "timeout")).returncode == 0
     assert sum(path.stat().st_mtime_ns != stamp for path, stamp in stamps.items()) == 1
-    assert tables.read_json(out / "dataset.json")["counts"]["written"] == 120
+    assert tables.read_json(out / "dataset.json")["counts"]["written"] == CLIPS
 
 
 def test_a_decoder_that_dies_of_a_clip_is_tried_again_and_then_the_clip_is_the_culprit(media):
@@ -228,10 +220,10 @@ def test_a_source_that_vanishes_is_missing_and_a_whole_disk_that_vanishes_is_not
     assert run("fetch", "folder", "--name", "many", "--from", place, "--root", tmp_path).returncode == 0
     (place / "a/000.wav").unlink()
     out = tmp_path / "s"
-    done = subprocess.run(shard(tmp_path, out), capture_output=True, text=True, check=False)
+    done = warm.run(*shard(tmp_path, out))
     assert done.returncode == 3
     assert "missing (the source is not there): 1" in done.stderr
-    with subprocess.Popen(shard(tmp_path, tmp_path / "t"), stderr=subprocess.PIPE, text=True) as driver:
+    with warm.start(*shard(tmp_path, tmp_path / "t")) as driver:
         while len(list((tmp_path / "t").glob("*.tar"))) < 3:
             time.sleep(0.01)
         place.rename(tmp_path / "elsewhere")
@@ -239,13 +231,10 @@ def test_a_source_that_vanishes_is_missing_and_a_whole_disk_that_vanishes_is_not
     assert driver.returncode == 3
     assert f"stopped: {place}: the folder of the media is not there any more" in said
     counts = tables.read_json(tmp_path / "t/dataset.json")["counts"]
-    assert counts["in"] == 120 == counts["written"] + counts["failed"]
+    assert counts["in"] == CLIPS == counts["written"] + counts["failed"]
     assert set(counts["reasons"]) <= {"not-built", "missing"}
     (tmp_path / "elsewhere").rename(place)
-    assert (
-        subprocess.run(shard(tmp_path, tmp_path / "t"), stderr=subprocess.DEVNULL, check=False).returncode
-        == 3
-    )
+    assert warm.run(*shard(tmp_path, tmp_path / "t")).returncode == 3
     one, other = (tables.read_json(folder / "dataset.json") for folder in (out, tmp_path / "t"))
     assert one["root_sha256"] == other["root_sha256"]
 
@@ -268,16 +257,16 @@ def test_a_full_disk_ends_the_job_with_an_exact_account_and_the_same_command_goe
     root, undisturbed, small_disk, form
 ):
     command = shard(root, small_disk / "s", "--format", form)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = warm.run(*command)
     assert done.returncode == 3, done.stderr
     assert "No space left on device; the same command goes on" in done.stderr
     assert "Traceback" not in done.stderr
     counts = tables.read_json(small_disk / "s/dataset.json")["counts"]
-    assert counts["in"] == 120 == counts["written"] + counts["failed"]
+    assert counts["in"] == CLIPS == counts["written"] + counts["failed"]
     assert set(counts["reasons"]) == {"not-built"}
     assert len(Shards.open(small_disk / "s")) == counts["written"]
     subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
-    assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    assert warm.run(*command).returncode == 0
     assert tables.read_json(small_disk / "s/dataset.json")["root_sha256"] == undisturbed(form)
 
 
@@ -286,21 +275,18 @@ def test_media_on_a_disk_that_was_unmounted_are_not_written_down_as_missing(run,
     subprocess.run(["cp", "-r", str(media), str(small_disk / "m")], check=True)
     assert run("fetch", "folder", "--name", "many", "--from", small_disk, "--root", tmp_path).returncode == 0
     subprocess.run(["umount", small_disk], check=True)
-    done = subprocess.run(shard(tmp_path, tmp_path / "s"), capture_output=True, text=True, check=False)
+    done = warm.run(*shard(tmp_path, tmp_path / "s"))
     assert done.returncode == 3
     assert f"stopped: {small_disk}: the disk of the media is not mounted there any more" in done.stderr
     assert set(tables.read_json(tmp_path / "s/dataset.json")["counts"]["reasons"]) == {"not-built"}
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50m", "none", small_disk], check=True)
     subprocess.run(["cp", "-r", str(media), str(small_disk / "m")], check=True)
-    assert (
-        subprocess.run(shard(tmp_path, tmp_path / "s"), stderr=subprocess.DEVNULL, check=False).returncode
-        == 0
-    )
+    assert warm.run(*shard(tmp_path, tmp_path / "s")).returncode == 0
 
 
 def test_a_disk_that_lets_nobody_write_is_said_to(root, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    done = subprocess.run(shard(root, small_disk / "s"), capture_output=True, text=True, check=False)
+    done = warm.run(*shard(root, small_disk / "s"))
     assert done.returncode == 1
     assert "Read-only file system; choose another place with --root or --out" in done.stderr
 

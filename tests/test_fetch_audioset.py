@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+import warm
 from clipmill.audio.media import encode_media
 from clipmill.fetch.fetched import load
 from clipmill.fetch.ledger import Ledger
@@ -142,31 +143,29 @@ def test_retry_redoes_just_the_failures_of_the_reasons_given(server, fetch, tmp_
     del fresh
 
 
-def test_killed_twenty_times_it_ends_as_if_it_had_not_been(server, fetch, tmp_path, table):
-    videos = ids(300, seed=3)
-    for lost in videos[::30]:
+def test_killed_ten_times_it_ends_as_if_it_had_not_been(server, fetch, tmp_path, table):
+    videos = ids(150, seed=3)
+    for lost in videos[::15]:
         server.behave(f"{lost}.webm", Status(404))
     path = write_list(tmp_path / "my.csv", videos)
     quiet = tmp_path / "quiet"
     assert fetch(path, root=quiet).returncode == 3
 
     root, rng = tmp_path / "data", random.Random(11)
-    command = [
-        sys.executable, "-m", "clipmill", "fetch", "audioset", "--list", str(path), "--label-table", str(table),
-        "--root", str(root), "--url-template", server.template, "--jobs", "2",
-    ]  # fmt: skip
-    for kill in range(20):
+    words = (
+        *("fetch", "audioset", "--list", path, "--label-table", table),
+        *("--root", root, "--url-template", server.template, "--jobs", "2"),
+    )
+    for kill in range(10):
         before, enough = len(server.requests), rng.randint(1, 24)
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with warm.start("clipmill", *words) as process:
             while len(server.requests) < before + enough and process.poll() is None:
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 0.05))
-            assert process.poll() is None, (
-                f"done before kill {kill}: {process.stderr and process.stderr.read()}"
-            )
-            os.kill(process.pid, signal.SIGKILL)
+            assert process.poll() is None, f"done before kill {kill}: {process.said('err')}"
+            process.kill()
     asked = len(server.requests)
-    assert fetch(path, "--jobs", "4", root=root).returncode == 3
+    assert fetch(path, "--jobs", "2", root=root).returncode == 3
     assert len(server.requests) > asked, "nothing was left to do after the last kill"
 
     assert state(root) == state(quiet)
@@ -189,27 +188,27 @@ def state(root: Path) -> tuple[dict, dict, bytes]:
 
 
 def test_ctrl_c_ends_it_with_130_and_the_next_run_goes_on(server, fetch, tmp_path, table):
-    videos = ids(60)
-    server.behave(f"{videos[20]}.webm", Stall())
+    videos = ids(30)
+    server.behave(f"{videos[10]}.webm", Stall())
     path = write_list(tmp_path / "my.csv", videos)
     command = [
         sys.executable, "-m", "clipmill", "fetch", "audioset", "--list", str(path), "--label-table", str(table),
         "--root", str(tmp_path / "data"), "--url-template", server.template, "--jobs", "1",
     ]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not server.asked(f"{videos[20]}.webm") and process.poll() is None:
+        while not server.asked(f"{videos[10]}.webm") and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.stderr
         said = process.stderr.read()
     assert process.returncode == 130
     assert "Traceback" not in said
-    assert "audioset: 20 had, 0 failed, 40 left of 60" in said
+    assert "audioset: 10 had, 0 failed, 20 left of 30" in said
     assert "run the same command again to go on" in said
-    server.behave(f"{videos[20]}.webm", Body(webm()))
+    server.behave(f"{videos[10]}.webm", Body(webm()))
     server.requests.clear()
     assert fetch(path).returncode == 0
-    assert not {request.name for request in server.requests} & {f"{video}.webm" for video in videos[:20]}
+    assert not {request.name for request in server.requests} & {f"{video}.webm" for video in videos[:10]}
 
 
 def test_a_ban_ends_it_with_75_and_says_what_to_do(server, fetch, tmp_path):
@@ -526,11 +525,11 @@ def test_two_fetches_of_one_dataset_at_once_are_refused(server, fetch, tmp_path,
     videos = ids(2)
     server.behave(None, Stall())
     path = write_list(tmp_path / "my.csv", videos)
-    command = [
-        sys.executable, "-m", "clipmill", "fetch", "audioset", "--list", str(path), "--label-table", str(table),
-        "--root", str(tmp_path / "data"), "--url-template", server.template, "--jobs", "1",
-    ]  # fmt: skip
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    words = (
+        *("fetch", "audioset", "--list", path, "--label-table", table),
+        *("--root", tmp_path / "data", "--url-template", server.template, "--jobs", "1"),
+    )
+    with warm.start("clipmill", *words) as process:
         while not server.requests and process.poll() is None:
             time.sleep(0.01)
         second = fetch(path)
@@ -543,7 +542,7 @@ def test_progress_is_a_live_bar_on_a_terminal(server, tmp_path, table):
     path = write_list(tmp_path / "my.csv", ids(6))
     command = [
         sys.executable, "-m", "clipmill", "fetch", "audioset", "--list", str(path), "--label-table", str(table),
-        "--root", str(tmp_path / "data"), "--url-template", server.template, "--rate", "7200",
+        "--root", str(tmp_path / "data"), "--url-template", server.template, "--jobs", "1", "--rate", "7200",
     ]  # fmt: skip
     screen, terminal = pty.openpty()
     env = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}

@@ -389,15 +389,17 @@ def test_real_clips_recoded_in_another_fold_are_found_and_so_is_a_recording_that
     folder = tmp_path / "real"
     folder.mkdir()
     with open(SHARED / "esc10/esc10.csv", newline="") as file:
-        listed = {row["filename"]: row for row in csv.DictReader(file)}
+        every = {row["filename"]: row for row in csv.DictReader(file)}
+    same = {"3-151080-A-20", "5-151085-A-20"}  # two cuts of one recording, by one uploader
+    listed = {name: every[name] for name in sorted({*sorted(every)[1::4], *(f"{stem}.ogg" for stem in same)})}
     rows = [
         {"filename": n, "label": r["category"], "fold": r["fold"], "group": r["src_file"]}
         for n, r in listed.items()
     ]
     for name in listed:
         shutil.copy(SHARED / "esc10/audio" / name, folder / name)
-    expected = {frozenset({"3-151080-A-20", "5-151085-A-20"})}  # two cuts of one recording, by one uploader
-    for name in sorted(listed)[5::20]:
+    expected = {frozenset(same)}
+    for name in sorted(every)[5::20]:
         stem = Path(name).stem
         command = [
             ffmpeg_program(),

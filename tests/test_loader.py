@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 
+import warm
 from clipmill.audio import decode_flac_into, encode
 from clipmill.errors import ConfigError, DecodeError, ShardError
 from clipmill.loader import (
@@ -219,8 +220,7 @@ def test_sets_of_different_rates_are_refused(easy, make, tmp_path):
 
 
 def test_the_example_of_a_training_loop_learns(easy):
-    command = [sys.executable, REPO / "examples/train_loop.py", easy]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = warm.run(REPO / "examples/train_loop.py", easy)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "6 of 6 clips held out are right"
 

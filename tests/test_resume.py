@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +12,11 @@ from typing import Any
 
 import pytest
 
+import warm
 from clipmill.loader import Loader
 from clipmill.shards.read import Shards
 from conftest import Bucket
-from test_train import RATE, command, plan_of, shards_of, signal_after_first_save, start
+from test_train import RATE, command, plan_of, shards_of, signal_after_first_save
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +47,14 @@ def test_a_killed_training_run_goes_on_with_the_very_batches_here_or_from_afar(
 ):
     # More steps, so that there is something left to be killed; all but the first 16 do not matter here.
     flags = ("--log-batches", "--steps", "400", "--eval-every", "400")
-    killed = start(*command(bucket.fill(easy), tmp_path, *flags, "--workers", "2"))
+    killed = warm.start(*command(bucket.fill(easy), tmp_path, *flags, "--workers", "2"))
     signal_after_first_save(tmp_path, killed, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     with open(tmp_path / "batches.jsonl", "a") as file:
         file.write('{"keys": "half a li')
-    resumed = start(*command(easy, tmp_path, *flags, "--resume", "--workers", "1"))
+    resumed = warm.start(*command(easy, tmp_path, *flags, "--resume", "--workers", "1"))
     while len((tmp_path / "batches.jsonl").read_text().splitlines()) < 20:
-        assert resumed.poll() is None, resumed.communicate()
+        assert resumed.poll() is None, resumed.said("err")
         time.sleep(0.01)
     resumed.send_signal(signal.SIGTERM)
     assert "going on from step" in resumed.communicate(timeout=120)[1]
@@ -93,24 +91,29 @@ dist.destroy_process_group()
 def run_ranks(where: str, out: Path, workers: int, stop: int, ranks: int, kill_at: int | None = None) -> None:
     """Run `RANK` in so many processes; `kill_at`: until the first has that many steps, then SIGKILL for the last."""
     out.mkdir(exist_ok=True)
+    script = out / "rank.py"
+    script.write_text(RANK)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     processes = []
     for rank in range(ranks):
-        env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
-               "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}  # fmt: skip
-        arguments = [sys.executable, "-c", RANK, where, str(out), str(workers), str(stop)]
-        processes.append(subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE, text=True))
+        env = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+        }
+        processes.append(warm.start(script, where, out, workers, stop, env=env))
     if kill_at is None:
         for process in processes:
-            assert process.wait(timeout=100) == 0, process.communicate()[1]
+            assert process.wait(timeout=100) == 0, process.said("err")
         return
     while not (out / f"0-of-{ranks}.json").exists() or len(steps_of(out, 0, ranks)) < kill_at:
-        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+        assert all(process.poll() is None for process in processes), [p.said("err") for p in processes]
         time.sleep(0.002)
     for process in reversed(processes):  # what a scheduler does to those that are left
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=100)
+        process.wait(timeout=100)
 
 
 def steps_of(out: Path, rank: int, ranks: int) -> list[Any]:

@@ -109,20 +109,30 @@ def test_a_segment_is_the_one_asked_for_to_the_millisecond(
     assert got.bytes == (tmp_path / "media" / got.source).stat().st_size
 
 
+@cache
+def minute_by_ffmpeg(encoding: str, folder: Path) -> bytes:
+    (folder / "sound.wav").write_bytes(minute("wav"))
+    codec, _, extension = encoding.partition(".")
+    fragments = ["-movflags", "dash+delay_moov", "-frag_duration", 5_000_000] if extension == "m4a" else []
+    ffmpeg("-i", folder / "sound.wav", "-c:a", codec, *fragments, folder / f"sound.{extension}")
+    return (folder / f"sound.{extension}").read_bytes()
+
+
 @pytest.mark.parametrize("start_s", [0.0, 0.1, 30.0])
 @pytest.mark.parametrize("encoding", ["libopus.webm", "libopus.mka", "aac.m4a", "aac.mka", "libmp3lame.mp3"])
 def test_so_it_is_from_files_that_state_how_much_an_encoder_put_before_the_sound(
-    encoding: str, start_s: float, server: Misbehaving, ask: Callable[..., Ask], tmp_path: Path
+    encoding: str,
+    start_s: float,
+    server: Misbehaving,
+    ask: Callable[..., Ask],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    (tmp_path / "sound.wav").write_bytes(minute("wav"))
-    codec, _, extension = encoding.partition(".")
-    fragments = ["-movflags", "dash+delay_moov", "-frag_duration", 5_000_000] if extension == "m4a" else []
-    original = tmp_path / f"sound.{extension}"
-    ffmpeg("-i", tmp_path / "sound.wav", "-c:a", codec, *fragments, original)
-    server.media = original.read_bytes()
-    got = fetch_segment(ask(original.name, start_s, start_s + 10.0))
+    folder = tmp_path_factory.getbasetemp()
+    server.media = minute_by_ffmpeg(encoding, folder)
+    got = fetch_segment(ask(f"sound.{encoding.partition('.')[2]}", start_s, start_s + 10.0))
     heard = decode(tmp_path / "media" / got.source, got.start_s, got.end_s).samples
-    assert abs(lag_ms(heard, decode(tmp_path / "sound.wav", start_s, start_s + 10.0).samples)) <= 1.0
+    assert abs(lag_ms(heard, decode(folder / "sound.wav", start_s, start_s + 10.0).samples)) <= 1.0
     assert len(heard) == pytest.approx(10 * RATE, abs=0.005 * RATE)
 
 

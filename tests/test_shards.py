@@ -9,7 +9,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import warm
 from clipmill import tables
 from clipmill.audio import prepare_file
 from clipmill.errors import ConfigError, ShardError, TableError
@@ -302,20 +302,17 @@ def test_killed_at_any_moment_and_run_again_the_bytes_are_the_same_and_finished_
 ):
     make(tmp_path / "undisturbed", clips_per_shard=2)
     out = tmp_path / "killed"
-    command = [
-        sys.executable, "-m", "clipmill", "shard", "small", "--root", str(fetched), "--out", str(out),
-        "--clips-per-shard", "2", "--jobs", "2",
-    ]  # fmt: skip
+    words = ("shard", "small", "--root", fetched, "--out", out, "--clips-per-shard", 2, "--jobs", 2)
     rng = np.random.default_rng(0)
     kept: dict[Path, int] = {}
     for _ in range(6):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-        time.sleep(rng.uniform(1.0, 3.0))
+        process = warm.start("clipmill", *words, new_session=True)
+        time.sleep(rng.uniform(0.4, 2.4))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
         kept = {p: p.stat().st_mtime_ns for p in out.glob("*.tar") if p.with_suffix(".json").exists()}
-    assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 3
+    assert warm.run("clipmill", *words).returncode == 3
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
     assert tree(out) == tree(tmp_path / "undisturbed")
 
@@ -331,6 +328,4 @@ def test_the_root_hash_is_what_sha256sum_gives(make, tmp_path):
 
 def test_the_example_of_reading_runs(make, tmp_path):
     make(tmp_path)
-    command = [sys.executable, REPO / "examples/read_shards.py", tmp_path]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "8 of 22 clips are bell" in said
+    assert "8 of 22 clips are bell" in warm.run(REPO / "examples/read_shards.py", tmp_path).stdout

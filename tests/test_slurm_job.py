@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import warm
 from clipmill.errors import ConfigError
 from clipmill.run.slurm_job import SlurmJob
 from clipmill.run.slurm_ranks import Ranks, rank_variables
@@ -300,14 +301,14 @@ def test_training_as_a_job_of_two_ranks_is_waited_for_by_the_same_command_and_go
     slurm_conf, tmp_path
 ):
     where, out = shards_of(tmp_path), tmp_path / "run"
-    train = [sys.executable, "-m", "clipmill", "train", "--shards", str(where), "--out", str(out), "--fold=1"]
+    train = ["clipmill", "train", "--shards", str(where), "--out", str(out), "--fold=1"]
     train += ["--model=erann-3-1", "--steps=12", "--batch-size=4", "--crop-s=0.1", "--eval-every=12"]
     train += ["--save-every=4", "--no-page", "--engine=slurm", "--gpus=0", "--ranks=2", "--cpus=1"]
     train += ["--time=5", "--mem=3000"]
-    said = subprocess.run(train, capture_output=True, text=True, check=True).stderr
+    said = warm.run(*train).stderr
     name = re.search(rf"job (\d+): {out}, which says in (.*) how it goes", said)[1]
     log, soon = out / "slurm" / "logs" / f"{name}.log", BeginSoon()
-    waiting = subprocess.Popen([*train, "--wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    waiting = warm.start(*train, "--wait")
     until((out / "last.pt").exists, 120)
     subprocess.run(["scancel", "--signal=USR2", name], check=True)
 
