@@ -24,8 +24,10 @@ from clipmill.train.export import LOGIT_TOLERANCE, PROBABILITY_TOLERANCE, Export
 from clipmill.train.loop import train
 from clipmill.train.trace import RealFrontEnd, program_of, trace_run
 from clipmill.train.transfer import read_weights
-from conftest import REPO
+from conftest import REPO, SHALLOW
 from test_train import CLASSES, CPU, RATE, TINY, plan_of, same_state, shards_of
+
+pytestmark = pytest.mark.usefixtures("shallow")
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +44,11 @@ def trained(folder: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def short(folder: Path) -> Run:
-    """The same with one block a stage, which the exporter is done with four times as soon."""
-    run = read_run(folder, CPU)
-    run.model.stages = torch.nn.Sequential(*(stage[:1] for stage in run.model.stages))
-    return run
-
-
-@pytest.fixture(scope="module")
-def told(folder: Path, run: Callable[..., Any]) -> subprocess.CompletedProcess:
+def told(folder: Path) -> subprocess.CompletedProcess:
     """What the command says when it exports ONNX with the front end inside."""
-    return run("export", folder, "--format", "onnx")
+    code = f"{SHALLOW}; from clipmill.cli import main; main()"
+    command = [sys.executable, "-c", code, "export", str(folder), "--format", "onnx"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +58,13 @@ def inside(folder: Path, told: subprocess.CompletedProcess) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outside(short: Run, folder: Path) -> Exported:
-    return export_run(short, "onnx", folder / "outside.onnx", frontend="outside", opset=20)
+def outside(trained: Run, folder: Path) -> Exported:
+    return export_run(trained, "onnx", folder / "outside.onnx", frontend="outside", opset=20)
 
 
 @pytest.fixture(scope="module")
-def program(short: Run) -> Exported:
-    return export_run(short, "torch")
+def program(trained: Run) -> Exported:
+    return export_run(trained, "torch")
 
 
 @pytest.fixture(scope="module")
@@ -123,33 +119,33 @@ def test_onnx_pads_what_is_no_whole_second_as_training_does(trained, inside, sec
 
 
 @pytest.mark.parametrize(("seconds", "batch"), [(1, 1), (2, 3), (10, 1)])
-def test_onnx_with_the_front_end_outside_takes_features_of_any_length(short, outside, seconds, batch):
+def test_onnx_with_the_front_end_outside_takes_features_of_any_length(trained, outside, seconds, batch):
     wave = sound(seconds, batch)
-    assert_same(by_onnx(outside.file)(short.features(wave)), eager(short, wave))
+    assert_same(by_onnx(outside.file)(trained.features(wave)), eager(trained, wave))
 
 
 @pytest.mark.parametrize("frames", [1, 15, 100, 129])
-def test_onnx_pads_features_to_the_networks_stride_as_the_network_does(short, outside, frames):
-    features = short.features(sound(2))[..., :frames].contiguous()
+def test_onnx_pads_features_to_the_networks_stride_as_the_network_does(trained, outside, frames):
+    features = trained.features(sound(2))[..., :frames].contiguous()
     with torch.inference_mode():
-        logits = short.model(features)
+        logits = trained.model(features)
     assert_same(by_onnx(outside.file)(features), (logits, logits.softmax(1)))
 
 
 @pytest.mark.parametrize(("seconds", "batch"), [(0.3, 3), (1, 1), (2, 3), (10, 1), (60, 1)])
-def test_torchs_program_answers_as_the_run_at_any_length(short, loaded, seconds, batch):
+def test_torchs_program_answers_as_the_run_at_any_length(trained, loaded, seconds, batch):
     wave = sound(seconds, batch)
     with torch.inference_mode():
-        assert_same(loaded[0](wave), eager(short, wave))
+        assert_same(loaded[0](wave), eager(trained, wave))
 
 
-def test_torchs_program_with_the_front_end_outside_takes_features(short):
-    traced = trace_run(short, inside=False)
+def test_torchs_program_with_the_front_end_outside_takes_features(trained):
+    traced = trace_run(trained, inside=False)
     assert (traced.input, traced.input_shape) == ("features", ("batch", 128, "frames"))
     for seconds, batch in ((1, 1), (10, 3)):
         wave = sound(seconds, batch)
         with torch.inference_mode():
-            assert_same(traced.program.module()(short.features(wave)), eager(short, wave))
+            assert_same(traced.program.module()(trained.features(wave)), eager(trained, wave))
 
 
 def test_what_was_compared_is_said_and_lies_within_the_tolerance(outside, program, weights):
@@ -163,7 +159,7 @@ def test_what_was_compared_is_said_and_lies_within_the_tolerance(outside, progra
 
 
 @pytest.mark.parametrize(
-    ("rate", "resample_to", "logmel"),
+    ("rate", "resample_to", "settings"),
     [
         (44100, None, {}),
         (44100, 32000, {"n_fft": 1024, "win_length": 1024, "hop": 320, "n_mels": 64}),
@@ -172,21 +168,24 @@ def test_what_was_compared_is_said_and_lies_within_the_tolerance(outside, progra
         (8000, None, {"n_fft": 512, "win_length": 400, "hop": 160, "mel_scale": "htk", "mel_norm": None, "n_mels": 40}),
     ],
 )  # fmt: skip
-def test_the_front_end_that_is_exported_gives_the_numbers_of_the_one_trained_with(rate, resample_to, logmel):
-    ours = FrontEnd(rate, resample_to, logmel)
+def test_the_front_end_that_is_exported_gives_the_numbers_of_the_one_trained_with(
+    rate, resample_to, settings
+):
+    feature = None if settings is None else {"name": "logmel", "settings": settings}
+    ours = FrontEnd(rate, resample_to, feature)
     theirs = RealFrontEnd(ours)
     for seconds in (0.01, 0.3, 1, 2.503):
         wave = sound(seconds, rate=rate)
         torch.testing.assert_close(
-            theirs(wave), ours(wave), rtol=0, atol=2e-2 if logmel is not None else 1e-6
+            theirs(wave), ours(wave), rtol=0, atol=2e-2 if feature is not None else 1e-6
         )
 
 
 @pytest.mark.parametrize(
-    ("rate", "resample_to"), [(44100, None), (44100, 22050), (44100, 32000), (48000, 32000)]
+    ("rate", "resample_to"), [(44100, None), (44100, 22050), (44100, 32000), (44100, 40960), (48000, 32000)]
 )
 def test_no_length_of_sound_is_special_to_the_front_end_that_is_exported(rate, resample_to):
-    ours = FrontEnd(rate, resample_to, None if resample_to else {})
+    ours = FrontEnd(rate, resample_to, None if resample_to else {"name": "logmel"})
     theirs = program_of(RealFrontEnd(ours), torch.zeros(2, 102180), (0, 1)).module()
     for samples in (440, 441, 881, rate - 1, rate, rate + 1, 6 * rate, 10 * rate + 7, 440999):
         wave = sound(samples / rate, 1, rate)
@@ -272,7 +271,7 @@ def test_the_documents_snippets_run_as_they_are_written_without_clipmill(folder,
     *snippets, library = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(snippets) == 4
     together = [snippets[0], snippets[1], snippets[2] + snippets[3]]
-    code = "import sys; sys.modules['clipmill'] = None\n" + "\n".join(together)
+    code = f"import sys; sys.modules['clipmill'] = None; {SHALLOW}\n" + "\n".join(together)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False, timeout=280
     )

@@ -56,14 +56,14 @@ def test_what_lies_above_the_new_rates_half_is_silent() -> None:
 def test_the_log_mel_is_made_at_the_networks_rate() -> None:
     wave = torch.from_numpy(sound(2.0, 44100).astype(np.float32))[None]
     whole = FrontEnd.of(outline_model("cnn14", 3), 44100)
-    settings = whole.config["logmel"]
+    settings = whole.config["feature"]["settings"]
     assert whole.config["resample_to"] == settings["sample_rate"] == 32000
     assert torch.equal(whole(wave), LogMel(**settings)(FrontEnd(44100, 32000)(wave)))
 
 
 def test_a_network_of_any_rate_hears_the_shards_own() -> None:
     front_end = FrontEnd.of(outline_model("erann-1-1", 3), 22050)
-    assert front_end.config == FrontEnd(22050, logmel={}).config
+    assert front_end.config == FrontEnd(22050, feature={"name": "logmel"}).config
     assert (front_end.resample_to, front_end.bins) == (None, 128)
 
 
@@ -95,8 +95,8 @@ def test_what_is_no_waveform_is_refused_before_networks_on_waveforms_too(
 
 
 def test_a_log_mel_at_another_rate_than_the_sounds_is_refused() -> None:
-    with pytest.raises(FeatureError, match="the log-mel is at 16000 Hz: allowed is 32000, the sound's"):
-        FrontEnd(44100, 32000, {"sample_rate": 16000})
+    with pytest.raises(FeatureError, match="logmel is of 16000 Hz: allowed is 32000, the sound's"):
+        FrontEnd(44100, 32000, {"name": "logmel", "settings": {"sample_rate": 16000}})
 
 
 def test_with_another_networks_hop_a_frame_stands_on_every_hop_and_nothing_is_padded() -> None:
@@ -116,7 +116,7 @@ def easy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def heard(easy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A run of a network on waveforms of 32 kHz, from shards at 16 kHz."""
+    """A run of a network on waveforms of 41 kHz, from shards at 16 kHz."""
     recipe = Recipe("x", "wavegram-erann-3-1", steps=2, batch_size=4, crop_s=0.7, eval_every=2)
     out = tmp_path_factory.mktemp("runs") / "waveforms"
     plan = plan_run(Shards.open(easy), recipe, CPU, fold=1)
@@ -129,7 +129,7 @@ def heard(easy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
 def test_a_network_on_waveforms_of_another_rate_is_trained_and_scored_again_alike(easy, heard) -> None:
     out, last = heard
     run = read_run(out, CPU, "last")
-    assert run.config["features"] == {"sample_rate": RATE, "resample_to": 32000, "logmel": None}
+    assert run.config["features"] == {"sample_rate": RATE, "resample_to": 40960, "feature": None}
     assert evaluate_run(run, Shards.open(easy), CPU)["loss"] == pytest.approx(last["loss"], rel=1e-5)
 
 
@@ -144,7 +144,7 @@ def test_a_network_with_a_log_mel_of_its_own_gets_it_from_the_shards_rate(easy, 
     recipe = Recipe("x", "cnn14", steps=1, batch_size=2, crop_s=0.5, eval_every=1)
     plan = plan_run(Shards.open(easy), recipe, CPU, fold=1)
     assert plan.config["features"]["resample_to"] == 32000
-    assert plan.config["features"]["logmel"]["hop"] == 320
+    assert plan.config["features"]["feature"]["settings"]["hop"] == 320
     network = create_model("cnn14", 3).eval()
     with torch.inference_mode():
         assert network(FrontEnd(**plan.config["features"])(torch.randn(1, RATE))).shape == (1, 3)

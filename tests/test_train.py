@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import traceback
 from dataclasses import replace
@@ -22,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import warm
 from clipmill import tables
 from clipmill.cli.evaluate import command as evaluate_command
 from clipmill.errors import ConfigError, ShardError, TableError, TrainError
@@ -41,6 +39,8 @@ from clipmill.train.plan import Plan, plan_run
 from clipmill.train.prepare import Preparation
 from clipmill.train.recipes import Recipe
 from clipmill.train.split import choose_split, held_out_again
+
+pytestmark = pytest.mark.usefixtures("shallow")
 
 RATE = 16000
 CPU = torch.device("cpu")
@@ -186,53 +186,38 @@ def calling() -> list[str]:
 
 
 def command(where: Path, out: Path, *more: str) -> list[str]:
+    """What follows `python -m`."""
     flags = "--fold 1 --model erann-3-1 --steps 16 --batch-size 4 --crop-s 1 --eval-every 8 --save-every 2 --device cpu --no-page"
-    return [
-        sys.executable,
-        "-m",
-        "clipmill",
-        "train",
-        "--shards",
-        str(where),
-        "--out",
-        str(out),
-        *flags.split(),
-        *more,
-    ]
+    return ["clipmill", "train", "--shards", str(where), "--out", str(out), *flags.split(), *more]
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-
-
-def signal_after_first_save(out: Path, process: subprocess.Popen[str], number: int) -> str:
+def signal_after_first_save(out: Path, process: warm.Program, number: int) -> str:
     while not (out / "last.pt").exists():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.said("err")
         time.sleep(0.005)
     process.send_signal(number)
     return process.communicate(timeout=120)[1]
 
 
-def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(easy, tmp_path):
-    """Twenty steps with all augmentations, against ten, a SIGKILL, and ten."""
+def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(easy, tmp_path, cold):
+    """Eight steps with all augmentations, against four, a SIGKILL, and four."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     flags = (
-        *("--steps", "20", "--eval-every", "10", "--save-every", "10", "--log-batches"),
+        *("--steps", "8", "--eval-every", "4", "--save-every", "4", "--log-batches"),
         *("--mixup", "between-class", "--pitch-semitones", "2", "--stretch", "0.2", "--noise-snr-db", "10"),
     )
-    done = start(*command(easy, straight, *flags))
-    assert done.communicate(timeout=120)[0].startswith("best: accuracy")
+    done = cold(*command(easy, straight, *flags)[1:])
+    assert done.stdout.startswith("best: accuracy")
     assert done.returncode == 0
-    killed = start(*command(easy, broken, *flags))
+    killed = warm.start(*command(easy, broken, *flags))
     signal_after_first_save(broken, killed, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
-    assert read_last(broken)["step"] == 10
+    assert read_last(broken)["step"] == 4
     # A line that was being written when the power went.
     with open(broken / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "lo')
     # Other workers, the same clips.
-    resumed = start(*command(easy, broken, *flags, "--resume", "--workers", "2"))
+    resumed = warm.start(*command(easy, broken, *flags, "--resume", "--workers", "2"))
     assert "going on from step" in resumed.communicate(timeout=120)[1]
     assert resumed.returncode == 0
     assert same_state(read_last(straight), read_last(broken))
@@ -248,7 +233,9 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(easy, tmp_path):
 
 
 def test_sigterm_saves_the_step_it_stands_at_and_says_how_to_go_on(easy, tmp_path):
-    process = start(*command(easy, tmp_path, "--steps", "4000", "--eval-every", "4000", "--workers", "1"))
+    process = warm.start(
+        *command(easy, tmp_path, "--steps", "4000", "--eval-every", "4000", "--workers", "1")
+    )
     said = signal_after_first_save(tmp_path, process, signal.SIGTERM)
     assert process.returncode == 130
     assert "--resume goes on" in said
@@ -578,7 +565,7 @@ def test_losses_of_hard_targets_are_the_textbooks():
 
 def test_a_steps_noise_is_its_seeds_alone(easy):
     batch = next(Loader(Shards.open(easy), 4).batches())
-    features = FrontEnd(RATE, logmel={})
+    features = FrontEnd(RATE, feature={"name": "logmel"})
     for mixup in ("none", "standard", "between-class", "between-class-logmel"):
         recipe = replace(TINY, mixup=mixup, pitch_semitones=2.0, stretch=0.2, noise_snr_db=10.0)
         one, other, third = (Preparation(recipe, features, seed)(batch, 0) for seed in (1, 1, 2))
@@ -598,7 +585,7 @@ def test_a_steps_noise_is_its_seeds_alone(easy):
 def test_a_run_begins_with_the_weights_that_it_is_given_and_says_what_came_over(easy, taught, tmp_path):
     plan = plan_of(easy, replace(TINY, steps=1, learning_rate=1e-12), init=taught)
     assert plan.notes[0].startswith(
-        f"weights of {taught}: 279 tensors taken over, 1,561,605 of 1,561,605 parameters"
+        f"weights of {taught}: 99 tensors taken over, 380,133 of 380,133 parameters"
     )
     assert plan.config["init"]["sha256"] == tables.sha256_of(taught / "best.safetensors")[0]
     assert str(plan.default_out).endswith("-init")
@@ -635,7 +622,7 @@ def test_the_command_takes_the_network_of_the_weights_unless_told(easy, taught, 
     done = here(*asked, "--init", taught, "--out", tmp_path / "x")
     assert done.returncode == 0, done.stderr
     assert "erann-3-1, 1 steps" in done.stderr
-    assert f"weights of {taught}: 279 tensors taken over" in done.stderr
+    assert f"weights of {taught}: 99 tensors taken over" in done.stderr
     wrong = here(*asked, "--init", taught, "--model", "cnn14", "--out", tmp_path / "z")
     assert wrong.returncode == 1
     assert f"error: {taught / 'best.safetensors'}: 0 of" in wrong.stderr

@@ -30,6 +30,8 @@ from clipmill.train.prepare import Preparation, crop_samples, read_samples
 from clipmill.train.ranks import Ranks
 from test_train import RATE, TINY, lines, plan_of, shards_of
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 PLAIN = replace(TINY, mixup="none", specaugment=False)
 
 
@@ -77,7 +79,7 @@ def test_in_bf16_the_network_alone_is_and_features_weights_gradients_and_loss_st
     assert network.met == [torch.float32, torch.bfloat16]
     assert loss.dtype == network.layer.weight.grad.dtype == network.layer.weight.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        heard, _ = Preparation(PLAIN, FrontEnd(RATE, logmel={}), 0)(
+        heard, _ = Preparation(PLAIN, FrontEnd(RATE, feature={"name": "logmel"}), 0)(
             next(Loader(Shards.open(easy), 4).batches()), 0
         )
     assert heard.dtype == torch.float32
@@ -154,7 +156,7 @@ def test_a_clip_is_treated_alike_by_any_number_of_ranks(easy):
                 each for each in seen if self.own(each).shape == part.shape and self.own(each).equal(part)
             )
 
-    shards, features = Shards.open(easy), FrontEnd(RATE, logmel={})
+    shards, features = Shards.open(easy), FrontEnd(RATE, feature={"name": "logmel"})
     recipe = replace(TINY, batch_size=8, mixup="between-class", pitch_semitones=2.0, noise_snr_db=10.0)
     batch = next(Loader(shards, 8, crop=read_samples(recipe, RATE)).batches())
     seen: list[Tensor] = []
@@ -174,7 +176,10 @@ def test_a_clip_is_treated_alike_by_any_number_of_ranks(easy):
 
 
 def test_mixing_log_mels_takes_the_labels_and_partners_that_mixing_sound_takes(easy):
-    batch, features = next(Loader(Shards.open(easy), 8, crop=RATE).batches()), FrontEnd(RATE, logmel={})
+    batch, features = (
+        next(Loader(Shards.open(easy), 8, crop=RATE).batches()),
+        FrontEnd(RATE, feature={"name": "logmel"}),
+    )
     made = {
         mixup: Preparation(replace(PLAIN, mixup=mixup), features, 0)(batch, 0)
         for mixup in ("none", "between-class", "between-class-logmel")
@@ -191,7 +196,11 @@ def test_what_may_be_played_faster_is_read_for_longer(easy, tmp_path):
     assert read_samples(recipe, RATE) == 1.25 * crop_samples(recipe, RATE) == 1.25 * RATE
     train(plan_of(easy, recipe), tmp_path)
     batch = next(Loader(Shards.open(easy), 4, crop=read_samples(recipe, RATE)).batches())
-    assert Preparation(recipe, FrontEnd(RATE, logmel={}), 0)(batch, 0)[0].shape == (4, 128, 128)
+    assert Preparation(recipe, FrontEnd(RATE, feature={"name": "logmel"}), 0)(batch, 0)[0].shape == (
+        4,
+        128,
+        128,
+    )
 
 
 # Ending early
@@ -223,10 +232,10 @@ def test_weights_that_know_another_log_mel_are_not_gone_on_from(easy, tmp_path):
     source = tmp_path / "source"
     train(plan_of(easy), source)
     config = json.loads((source / "config.json").read_text())
-    config["features"]["sample_rate"] = config["features"]["logmel"]["sample_rate"] = 44100
+    config["features"]["sample_rate"] = config["features"]["feature"]["settings"]["sample_rate"] = 44100
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(TrainError, match=r"source: was trained on another log-mel \(sample_rate 44100 and not 16000\); "
-                       r"`pipeline shard --sample-rate 44100` makes shards that fit"):  # fmt: skip
+    with pytest.raises(TrainError, match=r"source: was trained on another logmel \(sample_rate 44100 and not 16000\); "
+                       r"`pipeline shard --sample-rate 44100` makes shards that fit a rate"):  # fmt: skip
         plan_of(easy, init=source)
 
 

@@ -95,16 +95,16 @@ class ConvBlock(nn.Module):
 class WavegramErann(Tagger):
     """ERANN that reads a Wavegram in place of a log-mel: `[B, samples] -> logits [B, classes]`.
 
-    The Wavegram's 128 channels are taken for the 128 bins, 100 frames a second at 32 kHz.
-    The authors' slides tried it (RANN with Wavegram); their sizes of it are not in the text,
-    so these are PANNs'.
+    The Wavegram's 128 channels are taken for the 128 bins. At 40,960 Hz it gives 128 frames of
+    every whole second, as many as any other feature. The authors' slides tried it (RANN with
+    Wavegram); their sizes and their rate of it are not in the text: these are PANNs' sizes.
 
     With `lengths`, a padded batch gives in evaluation mode what each clip gives alone.
     Waveforms of under 320 samples, one frame, are padded with zeros.
     """
 
     input: ClassVar[str] = "waveform"
-    sample_rate = 32000
+    sample_rate = 128 * Wavegram.HOP
     HEAD: ClassVar[tuple[str, ...]] = ("erann.fc2",)
     NAMES: ClassVar[tuple[str, ...]] = ("wavegram-erann-2-5", "wavegram-erann-1-6")
     GRAMMAR: ClassVar[str] = "wavegram- and after it the name of an ERANN (wavegram-erann-1-6)"
@@ -127,7 +127,7 @@ class WavegramErann(Tagger):
         return cls(name, erann)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits `[B, classes]`, float32, of waveforms `[B, samples]` in -1..1 at 32 kHz.
+        """Logits `[B, classes]`, float32, of waveforms `[B, samples]` in -1..1 at 40,960 Hz.
 
         Raises:
             ModelError: another shape, or no samples.

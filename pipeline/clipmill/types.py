@@ -48,6 +48,7 @@ REASONS = {
     "silent": "no sample of the clip reaches the last of 16 bits",
     "crash": "decoding it takes the decoder down, each time",
     "memory": "decoding it takes more memory than a clip may have",
+    "out-of-range": "its feature has a value that the number type does not hold; --dtype float32 may",
     # of the machines that build the shards
     "not-built": "its shard could not be built; the same command tries again",
     # of the site that was asked for it

@@ -31,5 +31,5 @@ def crop(wave: Tensor, lengths: Tensor, samples: int, u: Tensor) -> Tensor:
 
 
 def to_float(pcm: Tensor) -> Tensor:
-    """int16 samples as float32 in -1..1: divided by 32768, exactly. Any shape."""
-    return pcm.to(torch.float32) / 32768.0
+    """int16 samples as float32 in -1..1: divided by 32768, exactly; float16 and float32 are no samples. Any shape."""
+    return pcm.float() if pcm.is_floating_point() else pcm.to(torch.float32) / 32768.0

@@ -16,6 +16,7 @@ import click
 from clipmill.types import REASONS, Failure
 
 if TYPE_CHECKING:
+    from clipmill.run import Engine
     from clipmill.shards.read import Shards
 
 PLAIN_EVERY_S = 10.0
@@ -57,7 +58,7 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed((
         click.option("--engine", type=click.Choice(["local", "dask", "ray", "slurm"]), default="local",
                      show_default=True,
-                     help="Where shards are built: this machine, a Dask or Ray cluster, or a Slurm job array."),
+                     help="Where the work is done: this machine, a Dask or Ray cluster, or a Slurm job array."),
         click.option("--jobs", type=click.IntRange(min=1), default=None,
                      help="Worker processes; with slurm, of each task.  [default: all cores; slurm: 1]"),
         click.option("--address", metavar="URL", default=None,
@@ -72,6 +73,40 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
     )):  # fmt: skip
         function = option(function)
     return function
+
+
+def choose_engine(fields: dict[str, Any], folder: Path, *, fresh: bool = False) -> Engine:
+    """The engine that the flags of `engine_options` speak of, for work whose results go to `folder`.
+
+    Tasks of a Slurm driver that was killed are cancelled first, unless this one will wait for them: they would go on
+    writing there. `fresh`: it will not, for all is to be made anew.
+    """
+    from clipmill import tables
+    from clipmill.run.choose import choose
+    from clipmill.run.slurm import cancel_leftovers
+
+    logs = folder / "slurm"
+    engine = choose(folder=logs, **fields)
+    another = (fields["engine"] != "slurm" or fresh) and logs.is_dir()
+    if another and not tables.is_locked(folder) and (cancelled := cancel_leftovers(logs)):
+        say(f"cancelled {cancelled} Slurm tasks of an earlier run that were still there")
+    return engine
+
+
+def default_store() -> Path:
+    """Where features live when --store is not given: $CLIPMILL_FEATURES, else ./features."""
+    return Path(os.environ.get("CLIPMILL_FEATURES") or "features")
+
+
+def store_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The --store flag."""
+    return click.option(
+        "--store",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=default_store,
+        show_default="$CLIPMILL_FEATURES or ./features",
+        help="Folder of the feature store.",
+    )(function)
 
 
 def limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,6 +136,18 @@ def shards_option(function: Callable[..., Any]) -> Callable[..., Any]:
         metavar="SHARDS",
         help="Folder of shards, one shard, or a range; here or at a URL; may be given again.",
     )(function)
+
+
+def clips_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The --shards and --features flags of what learns from sound or from stored features: see `open_clips`."""
+    for option in reversed((
+        click.option("--shards", "where", multiple=True, metavar="SHARDS",
+                     help="Folder of shards, one shard, or a range; here or at a URL; may be given again."),
+        click.option("--features", type=click.Path(path_type=Path, file_okay=False), metavar="STORE",
+                     help="Feature store, or an entry's folder, to read in place of sound; with --shards, of these."),
+    )):  # fmt: skip
+        function = option(function)
+    return function
 
 
 SAMPLING = click.Choice(["shuffled", "balanced", "weighted", "sequential"])
@@ -197,6 +244,40 @@ def say_of(shards: Shards, tell: Callable[[str], None] = say) -> None:
         say_unfinished(part.info, tell)
     for note in shards.notes:
         tell(note)
+
+
+def open_clips(
+    where: Sequence[str],
+    features: Path | None,
+    feature: str | None,
+    cache: Path | None,
+    read_timeout: float,
+    tell: Callable[[str], None] = say,
+) -> Shards:
+    """The clips that `clips_options` speak of: sound, or of a store the feature that is named ("auto": the only one).
+
+    Raises:
+        ConfigError: neither flag is given.
+        FeatureError: the store lacks the feature, or holds that of other shards.
+    """
+    from clipmill.errors import ConfigError
+    from clipmill.featurestore import Entry, FeatureStore
+    from clipmill.featurestore.files import ENTRY_FILE
+    from clipmill.shards.read import Shards
+
+    if not where and features is None:
+        raise ConfigError("--shards SHARDS says where the clips are; or --features STORE, where features are")
+    settings = {"timeout_s": read_timeout}
+    shards = Shards.open(where, cache=cache, settings=settings, say=tell) if where else None
+    if features is None:
+        assert shards is not None
+        return shards
+    if (features / ENTRY_FILE).is_file():
+        entry = Entry.open(features)
+        entry.check(shards=shards)
+    else:
+        entry = FeatureStore(features).entry(None if feature in (None, "auto") else feature, shards=shards)
+    return entry.clips
 
 
 def say_losses(losses: Sequence[Failure], examples: int = 3, print_line: Callable[[str], None] = say) -> None:

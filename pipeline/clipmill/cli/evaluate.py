@@ -12,7 +12,7 @@ from clipmill.cli import DONE, DONE_IN_PART, console
 
 @click.command("evaluate")
 @click.argument("run", type=click.Path(path_type=Path))
-@console.shards_option
+@console.clips_options
 @click.option(
     "--fold", type=int, default=None, help="Score this fold.  [default: the clips that the run held out]"
 )
@@ -32,6 +32,7 @@ from clipmill.cli import DONE, DONE_IN_PART, console
 def command(
     run: Path,
     where: tuple[str, ...],
+    features: Path | None,
     fold: int | None,
     split: str | None,
     keep: str | None,
@@ -51,16 +52,16 @@ def command(
       pipeline evaluate runs/x --shards data/esc10/shards/webdataset-flac-44100
       pipeline evaluate runs/x --shards SHARDS --split eval --weights last --json
       pipeline evaluate runs/x --shards SHARDS --where "clipped == 0"
+      pipeline evaluate runs/x --features STORE
     """  # fmt: skip
     from clipmill.loader import Feed
-    from clipmill.shards.read import Shards
-    from clipmill.train.checkpoint import read_run
     from clipmill.train.device import default_workers, pick_device
     from clipmill.train.evaluate import choose_clips, evaluate_run
+    from clipmill.train.fused import read_tagger
 
     place = pick_device(device)
-    trained = read_run(run, place, weights)
-    shards = Shards.open(where, cache=cache, settings={"timeout_s": read_timeout}, say=console.say)
+    trained = read_tagger(run, place, weights)
+    shards = console.open_clips(where, features, trained.feature, cache, read_timeout)
     console.say_of(shards)
     clips = len(choose_clips(trained, shards, fold, split, keep)[0])
     with console.progress("scoring", clips, "clips") as update:

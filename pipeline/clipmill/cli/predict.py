@@ -105,12 +105,12 @@ def command(
       curl -s https://example.org/a.mp3 | pipeline predict runs/x -
     """  # fmt: skip
     _check(inputs, files_from, threshold, top, form, all_labels)
-    from clipmill.train.checkpoint import read_run
     from clipmill.train.device import default_workers, pick_device
+    from clipmill.train.fused import read_tagger
     from clipmill.train.predict import predict_files
 
     place = pick_device(device)
-    trained = read_run(run, place, weights)
+    trained = read_tagger(run, place, weights)
     workers = max(default_workers(place), 1) if workers is None else workers
     # Every label above the threshold where one is given, else the likeliest few.
     top = TOP if top is None and threshold is None and not all_labels else top

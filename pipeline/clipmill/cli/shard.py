@@ -143,8 +143,6 @@ def _shard(
     from clipmill import tables
     from clipmill.fetch.fetched import load, restricted, state_of
     from clipmill.fetch.lock import read_lock
-    from clipmill.run.choose import choose
-    from clipmill.run.slurm import cancel_leftovers
     from clipmill.shards.job import make_shards, unchanged
 
     folder, made_from = out or root / name / "shards" / spec.folder, state_of(root, name)
@@ -163,11 +161,7 @@ def _shard(
         console.say(
             f"note: {got.left} clips of {name} are not fetched yet; the shards hold what is had so far"
         )
-    engine = choose(folder=folder / "slurm", **engine_fields)
-    another = (engine_fields["engine"] != "slurm" or how["overwrite"]) and (folder / "slurm").is_dir()
-    # Tasks of a driver that was killed would go on writing shards of what was asked for then.
-    if another and not tables.is_locked(folder) and (cancelled := cancel_leftovers(folder / "slurm")):
-        console.say(f"cancelled {cancelled} Slurm tasks of an earlier run that were still there")
+    engine = console.choose_engine(engine_fields, folder, fresh=how["overwrite"])
     with console.progress(f"shard {name}", got.counts["had"], "clips") as update:
         dataset = make_shards(
             name, got.manifest, got.losses, got.media_root, folder, spec,

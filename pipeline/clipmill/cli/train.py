@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from clipmill.train.ranks import Ranks
 
 
+FEATURES = ("logmel", "mfcc", "gfcc", "chroma", "cqt", "tempogram")
+MIXUPS = ("none", "standard", "between-class", "between-class-logmel", "standard-features")
+
+
 def _weights(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> tuple[float, ...] | None:
@@ -41,6 +45,8 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--recipe", "recipe_name", metavar="NAME|FILE",
                      help="Preset, one of `pipeline recipes`, or a .toml file.  [default: by dataset and device]"),
         click.option("--model", metavar="NAME", help="Network, such as erann-1-3."),
+        click.option("--feature", type=click.Choice(["auto", *FEATURES]),
+                     help="What the network sees; auto: its own, which is the log-mel, or what --features holds."),
         click.option("--steps", type=int, help="Training steps."),
         click.option("--epochs", type=float, help="Instead of steps: passes over the clips to train on."),
         click.option("--batch-size", type=int, help="Clips in each step, of all ranks together."),
@@ -53,8 +59,8 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
                      help="Every clip once an epoch; every class as often (PANNs); rare classes more often (AST); as "
                      "they lie."),
         click.option("--crop-s", type=float, help="Seconds cut from each clip at a random place; 0: whole clips."),
-        click.option("--mixup", type=click.Choice(["none", "standard", "between-class", "between-class-logmel"]),
-                     help="How clips are mixed: Table 3's types 1 to 4."),
+        click.option("--mixup", type=click.Choice(MIXUPS),
+                     help="How clips are mixed: Table 3's types 1 to 4, or plainly, and features in place of sound."),
         click.option("--specaugment/--no-specaugment", default=None, help="Mask stripes of the log-mel."),
         click.option("--mask-frames", type=int, help="Most frames of a stripe."),
         click.option("--mask-bins", type=int, help="Most bins of a stripe."),
@@ -105,7 +111,7 @@ def _slurm_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command("train")
-@console.shards_option
+@console.clips_options
 @click.option(
     "--fold", type=int, default=None, help="Fold to hold out.  [default: the dataset's split, or lowest fold]"
 )
@@ -186,6 +192,7 @@ def _slurm_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def command(
     context: click.Context,
     where: tuple[str, ...],
+    features: Path | None,
     fold: int | None,
     folds: str | None,
     repeats: int,
@@ -221,7 +228,8 @@ def command(
     times, all are one collection, or are mixed by --set-weights. The recipe follows from the
     dataset and the device; any part of it can be changed by a flag. Interrupted, killed or
     preempted, the same command with --resume goes on. Started by torchrun, its ranks train
-    one network on one GPU each.
+    one network on one GPU each. With --features the clips are those of a feature store, and no
+    sound is read.
 
     \b
     Example:
@@ -233,6 +241,8 @@ def command(
       pipeline train --shards SHARDS --fold 1 --where "silent < 0.9 and duration_s >= 1"
       pipeline train --shards s3://bucket/audioset --cache /scratch/cache --workers 8
       pipeline train --shards A --shards B --set-weights 3,1 --fold 1
+      pipeline train --shards SHARDS --feature cqt --fold 1
+      pipeline train --features STORE --feature cqt --fold 1
       pipeline train --shards SHARDS --folds all --engine slurm --partition gpu --gpus 4 --time 12:00:00
       torchrun --nproc-per-node 8 --max-restarts 3 -m clipmill train --shards SHARDS --out runs/x
     """  # fmt: skip
@@ -249,7 +259,8 @@ def command(
         flag = "slurm" if stray[0] == "extra" else stray[0]
         raise ConfigError(f"--{flag} goes with --engine slurm, not with {engine}")
     asked = {
-        "where": where, "fold": fold, "folds": folds, "repeats": repeats, "out": out, "init": init, "seed": seed,
+        "where": where, "features": features, "fold": fold, "folds": folds, "repeats": repeats, "out": out,
+        "init": init, "seed": seed,
         "split_seed": seed if split_seed is None else split_seed, "workers": workers, "max_bad": max_bad,
         "check": check, "cache": cache, "read_timeout": read_timeout, "set_weights": set_weights, "access": access,
         "buffer": buffer, "keep": keep, "allow_leak": allow_leak, "allow_missing": allow_missing,
@@ -413,7 +424,6 @@ def _plans(
     device: torch.device, asked: dict[str, Any], ranks: int, tell: Callable[[str], None]
 ) -> dict[Part, Plan]:
     """The plan of each run; `tell` hears what a person should know, each thing once."""
-    from clipmill.shards.read import Shards
     from clipmill.train.crossval import parts_of
     from clipmill.train.split import folds_of
 
@@ -424,8 +434,14 @@ def _plans(
             tell(text)
         said.add(text)
 
-    settings = {"timeout_s": asked["read_timeout"]}
-    shards = Shards.open(asked["where"], cache=asked["cache"], settings=settings, say=tell)
+    shards = console.open_clips(
+        asked["where"],
+        asked["features"],
+        asked["fields"]["feature"],
+        asked["cache"],
+        asked["read_timeout"],
+        tell,
+    )
     console.say_of(shards, say)
     folds = [asked["fold"]] if asked["folds"] is None else folds_of(shards, asked["folds"])
     return {

@@ -1,4 +1,4 @@
-"""What stands between the shards' sound and a network: resampling where it wants another rate, and its log-mel."""
+"""What stands between the shards' sound and a network: resampling where it wants another rate, and a feature."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchaudio.transforms import Resample
 
 from clipmill.errors import FeatureError
-from clipmill.features.logmel import LogMel, check_wave
+from clipmill.features.feature import Feature, check_wave
+from clipmill.features.registry import create_feature
 from clipmill_models import Tagger
 
 MOST_STEPS = 2**24
@@ -23,24 +25,21 @@ class FrontEnd(nn.Module):
     Args:
         sample_rate: of the sound that comes in, in Hz.
         resample_to: Hz that the network is made for; None where it is the same.
-        logmel: settings of `LogMel`, at the rate after resampling; None for networks on waveforms.
+        feature: what `FrontEnd.config` says of one: its "name", its "settings" and its "version" where the numbers must
+            be those of that version of its code; None for networks on waveforms.
 
     Attributes:
-        bins: of the features; None for waveforms.
+        feature: the module, at the rate after resampling; None for networks on waveforms.
 
     Raises:
-        FeatureError: settings that cannot be.
+        FeatureError: settings that cannot be, or another version of the feature's code.
     """
 
     def __init__(
-        self, sample_rate: int, resample_to: int | None = None, logmel: dict[str, Any] | None = None
+        self, sample_rate: int, resample_to: int | None = None, feature: dict[str, Any] | None = None
     ) -> None:
         super().__init__()
         rate = resample_to or sample_rate
-        if logmel is not None and logmel.get("sample_rate", rate) != rate:
-            raise FeatureError(
-                f"the log-mel is at {logmel['sample_rate']} Hz: allowed is {rate}, the sound's"
-            )
         self.sample_rate, self.resample_to = sample_rate, resample_to
         # As sharp as librosa's "kaiser_best": torchaudio's own default lets 2 % of the band fold back.
         self.resample = None
@@ -59,16 +58,27 @@ class FrontEnd(nn.Module):
                 resampling_method="sinc_interp_kaiser",
                 beta=14.769656459379492,
             )
-        self.logmel = None if logmel is None else LogMel(**{**logmel, "sample_rate": rate})
+        self.feature = None if feature is None else _feature(rate, **feature)
 
     @classmethod
-    def of(cls, network: Tagger, sample_rate: int) -> FrontEnd:
-        """The front end that a network is made for, from sound of `sample_rate` Hz."""
-        wanted, logmel = network.sample_rate, None
-        if network.input == "features":
-            settings = {k: v for k, v in (network.features or {}).items() if k != "sample_rate"}
-            logmel = {**settings, "n_mels": network.in_bins}
-        return cls(sample_rate, wanted if wanted != sample_rate else None, logmel)
+    def of(cls, network: Tagger, sample_rate: int, feature: Feature | None = None) -> FrontEnd:
+        """The front end that a network is made for, from sound of `sample_rate` Hz.
+
+        `feature` is what the network shall see, where it leaves that open; by default the log-mel.
+
+        Raises:
+            FeatureError: the network takes waveforms, or a log-mel of its own, or a feature of other bins.
+        """
+        wanted = network.sample_rate if network.sample_rate != sample_rate else None
+        if feature is not None:
+            _check_taken(network, feature)
+            return cls(sample_rate, wanted, _said(feature))
+        if network.input == "waveform":
+            return cls(sample_rate, wanted)
+        settings = {k: v for k, v in (network.features or {}).items() if k != "sample_rate"}
+        return cls(
+            sample_rate, wanted, {"name": "logmel", "settings": {**settings, "n_mels": network.in_bins}}
+        )
 
     @property
     def config(self) -> dict[str, Any]:
@@ -76,22 +86,26 @@ class FrontEnd(nn.Module):
         return {
             "sample_rate": self.sample_rate,
             "resample_to": self.resample_to,
-            "logmel": None if self.logmel is None else self.logmel.config,
+            "feature": None if self.feature is None else _said(self.feature),
         }
 
     @property
     def bins(self) -> int | None:
-        """Bins of the features; None for waveforms."""
-        return None if self.logmel is None else self.logmel.settings.n_mels
+        """Bins of the feature; None for waveforms."""
+        return None if self.feature is None else self.feature.bins
 
     def places(self, samples: int) -> int:
         """Frames, or samples at the network's rate, that sound of so many samples gives."""
         if self.resample_to is not None:
             samples = -(-samples * self.resample_to // self.sample_rate)
-        return samples if self.logmel is None else self.logmel.frames(samples)
+        return samples if self.feature is None else self.feature.frames(samples)
+
+    def padded(self, waves: Tensor, places: int) -> Tensor:
+        """`[B, samples]` with zeros behind, up to so many samples."""
+        return functional.pad(waves, (0, places - waves.shape[1]))
 
     def forward(self, wave: Tensor) -> Tensor:
-        """Float32 `[B, samples]` in -1..1 -> log-mel in dB `[B, bins, frames]`, or sound at the network's rate.
+        """Float32 `[B, samples]` in -1..1 -> the feature `[B, bins, frames]`, or sound at the network's rate.
 
         Computes in float32 under autocast too.
 
@@ -102,4 +116,37 @@ class FrontEnd(nn.Module):
         if self.resample is not None:
             with torch.autocast(wave.device.type, enabled=False):
                 wave = self.resample(wave)
-        return wave if self.logmel is None else self.logmel(wave)
+        return wave if self.feature is None else self.feature(wave)
+
+
+def _said(feature: Feature) -> dict[str, Any]:
+    return {"name": feature.NAME, "version": feature.VERSION, "settings": feature.config}
+
+
+def _feature(
+    rate: int, name: str, settings: dict[str, Any] | None = None, version: int | None = None
+) -> Feature:
+    """The feature that `FrontEnd.config` tells of, of sound at `rate` Hz."""
+    settings = settings or {}
+    if settings.get("sample_rate", rate) != rate:
+        raise FeatureError(f"{name} is of {settings['sample_rate']} Hz: allowed is {rate}, the sound's")
+    feature = create_feature(name, **{**settings, "sample_rate": rate})
+    if version not in (None, feature.VERSION):
+        raise FeatureError(
+            f"{name} was computed by version {version} of its code, and this clipmill has version {feature.VERSION}, "
+            "whose numbers differ: install the clipmill that made it, or make it anew"
+        )
+    return feature
+
+
+def _check_taken(network: Tagger, feature: Feature) -> None:
+    """Raise FeatureError where the network does not take the feature."""
+    if network.input == "waveform":
+        raise FeatureError(f"{network.name} takes waveforms, not a feature such as {feature.NAME}")
+    if network.features:
+        told = ", ".join(f"{name} {value}" for name, value in network.features.items())
+        raise FeatureError(f"{network.name} takes its own log-mel ({told}), not {feature.NAME}")
+    if network.in_bins != feature.bins:
+        raise FeatureError(
+            f"{network.name} was built for {network.in_bins} bins: {feature.NAME} has {feature.bins}"
+        )

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torchaudio.transforms import MelSpectrogram
 
 from clipmill.errors import FeatureError
-
-FRAMES_PER_S = 128
-"""ERANN's frames of every second of audio; a power of two, so that a network's strides divide it."""
+from clipmill.features.feature import FRAMES_PER_S, Feature, Framing
+from clipmill.features.spectrum import Filters, PowerSpectrum, whole_seconds
+from clipmill_models.logmel import RealLogMel
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,7 @@ class LogMelSettings:
     def resolved(self) -> LogMelSettings:
         """The same with nothing left None and `f_max` capped; raises `FeatureError` where they cannot be."""
         rate = self.sample_rate
-        if rate < FRAMES_PER_S:
-            raise FeatureError(f"sample_rate is {rate} Hz: allowed is {FRAMES_PER_S} Hz and more")
-        hop = -(-rate // FRAMES_PER_S) if self.hop is None else self.hop
+        hop = Framing(rate).hop if self.hop is None else self.hop
         if not 1 <= hop <= rate:
             raise FeatureError(f"hop is {hop}: allowed is 1 to the sample rate, {rate}")
         win_length = 4 * hop if self.win_length is None else self.win_length
@@ -80,13 +76,10 @@ class LogMelSettings:
         )  # fmt: skip
 
 
-class LogMel(nn.Module):
+class LogMel(Feature):
     """Log-mel spectrogram in dB (journal paper, 3.1): `[B, samples] -> [B, n_mels, 128 * seconds]`.
 
-    Seconds are whole: the waveform's end is padded with zeros to the next one. A hop
-    rounded up runs a little slow (345 samples at 44.1 kHz are 127.8 frames a second), so
-    long clips are padded by the few hops that are missing: none up to 5 s at 44.1 kHz,
-    one at 10 s. Frames are centred on their samples, so the last one may look past the
+    Seconds are whole; see `Framing`. Frames are centred on their samples, so the last one may look past the
     end, where the waveform is mirrored.
 
     With another `hop`, as other networks have it, nothing is padded:
@@ -100,11 +93,18 @@ class LogMel(nn.Module):
             Fourier transform.
     """
 
+    NAME = "logmel"
+    VERSION = 1
+    ABOUT = "Log-mel spectrogram (journal paper, 3.1): power in mel bands, in dB."
+    UNIT = "dB"
+    SETTINGS = LogMelSettings
+    settings: LogMelSettings
+
     def __init__(self, **settings: Any) -> None:
-        super().__init__()
-        self.settings = _settings(settings)
+        super().__init__(**settings)
         with warnings.catch_warnings():
-            # torchaudio warns of empty filters; here they are an error.
+            # torchaudio warns of empty filters; here they are an error. The filters are its, the transform is not:
+            # that takes three times as long.
             warnings.filterwarnings("ignore", message="At least one mel filterbank")
             self.mel = MelSpectrogram(
                 sample_rate=self.settings.sample_rate,
@@ -124,67 +124,41 @@ class LogMel(nn.Module):
                 f"{empty} of {self.settings.n_mels} mel filters catch no bin of n_fft {self.settings.n_fft} "
                 f"at {self.settings.sample_rate} Hz: allowed is a larger n_fft, fewer n_mels or a higher rate"
             )
+        self.filters = Filters(self.mel.mel_scale.fb)
+        self.spectrum = PowerSpectrum(
+            self.mel.n_fft, self.mel.win_length, self.mel.hop_length, self.filters.first, self.filters.last
+        )
 
     @property
-    def config(self) -> dict[str, Any]:
-        """All that determines the numbers, as plain JSON values; restore with `LogMel(**config)`."""
-        return asdict(self.settings)
-
-    def seconds(self, samples: int) -> int:
-        """Whole seconds that a waveform of `samples` is padded to."""
-        return -(-samples // self.settings.sample_rate)
+    def bins(self) -> int:
+        """Mel bands."""
+        return self.settings.n_mels
 
     @property
     def frames_per_s(self) -> int | None:
         """128 where every whole second gives that many frames; None with a hop of another network."""
-        by_the_second = self.settings.hop == -(-self.settings.sample_rate // FRAMES_PER_S)
-        return FRAMES_PER_S if by_the_second else None
+        return FRAMES_PER_S if self.settings.hop == Framing(self.settings.sample_rate).hop else None
 
     def frames(self, samples: int) -> int:
         """Frames that a waveform of `samples` gives."""
         assert self.settings.hop is not None
-        if self.frames_per_s is None:
-            return samples // self.settings.hop + 1
-        return self.frames_per_s * self.seconds(samples)
+        return super().frames(samples) if self.frames_per_s else samples // self.settings.hop + 1
 
-    def forward(self, wave: Tensor) -> Tensor:
-        """Log-mel of `wave` `[B, samples]` (floating point, -1..1): float32 dB `[B, n_mels, frames]`.
+    def extract(self, wave: Tensor) -> Tensor:
+        """See `Feature`: dB."""
+        samples = wave.shape[1]
+        return self.spectrum(wave, self.reach(samples), self.frames(samples), self.decibels)
 
-        Raises:
-            FeatureError: another shape, no samples, or integer samples.
-        """
-        check_wave(wave)
-        hop = self.settings.hop
-        assert hop is not None
-        samples, frames = wave.shape[1], self.frames(wave.shape[1])
+    def reach(self, samples: int) -> int:
+        """Samples after zeros behind: to whole seconds where frames are, and else as far as it can be mirrored."""
         if self.frames_per_s is not None:
-            samples = max(self.seconds(samples) * self.settings.sample_rate, (frames - 1) * hop)
-        # A centred transform gives floor(samples / hop) + 1 frames, and of an odd size one sample later.
-        samples += self.mel.n_fft % 2
-        samples = max(samples, self.mel.n_fft // 2 + 1)  # the least that can be mirrored at both ends
-        with torch.autocast(wave.device.type, enabled=False):
-            padded = functional.pad(wave.float(), (0, samples - wave.shape[1]))
-            power = self.mel(padded)[..., :frames]
-            # The mel filters leave time as the slowest axis in memory; the networks read along time.
-            return 10.0 * torch.log10(power.clamp(min=self.settings.floor)).contiguous()
+            return whole_seconds(Framing(self.settings.sample_rate), samples)
+        return max(samples, self.spectrum.n_fft // 2 + 1 + self.spectrum.n_fft % 2)
 
+    def decibels(self, power: Tensor) -> Tensor:
+        """Of the power in mel bands, from that in the spectrum's bins: `[rows, some, bins] -> [rows, some, n_mels]`."""
+        return 10.0 * torch.log10(self.filters(power).clamp(min=self.settings.floor))
 
-def check_wave(wave: Tensor) -> None:
-    """Raises `FeatureError` for what is no floating-point `[B, samples]` with at least one sample."""
-    if wave.ndim != 2 or wave.shape[1] == 0 or not wave.is_floating_point():
-        raise FeatureError(
-            f"a waveform is {wave.dtype} of shape {tuple(wave.shape)}: "
-            "allowed is floating point in -1..1 of shape [batch, samples]"
-        )
-
-
-def _settings(given: dict[str, Any]) -> LogMelSettings:
-    """The resolved settings of keywords; raises `FeatureError` naming a keyword that is none."""
-    allowed = LogMelSettings.__dataclass_fields__
-    unknown = sorted(set(given) - set(allowed))
-    if unknown:
-        raise FeatureError(f"LogMel has no setting {', '.join(unknown)}: allowed are {', '.join(allowed)}")
-    for name, value in given.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise FeatureError(f"{name} is {value}: allowed is a finite number")
-    return LogMelSettings(**given).resolved()
+    def real(self) -> nn.Module:
+        """`clipmill_models`' log-mel, which some networks carry inside."""
+        return RealLogMel(**self.config, frames_per_s=self.frames_per_s)

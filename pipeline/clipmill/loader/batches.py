@@ -1,4 +1,4 @@
-"""Clips as batches: int16 on the way, so that half the bytes travel; the rest is done on the device."""
+"""Clips as batches: in the form that they are stored in, so that fewer bytes travel; the rest is done on the device."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from clipmill.shards.read import Shards
 
 
 class Batch(NamedTuple):
-    """Clips side by side, zeros after the shorter ones.
+    """Clips side by side, silence after the shorter ones.
 
-    waves int16 `[B, samples]` of the longest, or of the crop; lengths int64 `[B]` in samples; targets float32
-    `[B, classes]`; rows int64 `[B]`, in the index of the shards read, on the CPU.
+    waves int16 `[B, samples]` of the longest, or of the crop; of stored features float16 or float32
+    `[B, frames, bins]`; lengths int64 `[B]` in samples or frames; targets float32 `[B, classes]`; rows int64 `[B]`,
+    in the index of the shards read, on the CPU.
     """
 
     waves: Tensor

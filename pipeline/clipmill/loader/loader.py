@@ -43,8 +43,8 @@ class Loader:
         batch_size: clips in a step, of all ranks together.
         sampler: which clip stands where; by default `Shuffled` by the seed.
         seed: of the crops, and of the default sampler.
-        crop: samples cut from each clip at a random place, of which no more is read or decoded than the codec
-            needs; 0: whole clips, with zeros after the shorter ones.
+        crop: samples (of features: frames) cut from each clip at a random place, of which no more is read or decoded
+            than the codec needs; 0: whole clips, with silence after the shorter ones.
         workers: threads that read ahead; 0: batches are read when they are asked for.
         device: where batches go.
         rank: which part of each step is this process's, from 0.
@@ -86,7 +86,7 @@ class Loader:
         self.seed, self.crop, self.workers, self.device = seed, crop, workers, torch.device(device)
         self.damage = Damage(len(shards), max_bad, tell)
         self._check, self._watch = check, watch
-        self._memory = Memory(pin=self.device.type == "cuda")
+        self._memory = Memory(shards.dtype, shards.bins, pin=self.device.type == "cuda")
         self._lock = threading.Lock()
         self._blocks: dict[int, NDArray[np.int64]] = {}
 
@@ -194,12 +194,12 @@ class Loader:
         return waves
 
     def _widened(self, waves: Tensor, samples: int) -> Tensor:
-        """The same with room for so many more samples of each clip, which are zeros."""
+        """The same with room for so many more samples of each clip, which are silence."""
         if samples <= 0:
             return waves
         wider = self._memory.empty(len(waves), waves.shape[1] + samples)
         wider[:, : waves.shape[1]] = waves
-        wider[:, waves.shape[1] :] = 0
+        wider[:, waves.shape[1] :] = torch.from_numpy(self.shards.silence)
         return wider
 
 
@@ -240,7 +240,7 @@ class WholeClips:
     ) -> None:
         self.shards, self.workers, self.device, self._check = shards, workers, device, check
         self.damage = Damage(len(shards), max_bad, tell)
-        self._memory = Memory(pin=device.type == "cuda")
+        self._memory = Memory(shards.dtype, shards.bins, pin=device.type == "cuda")
         self._parts: list[NDArray[np.int64]] = []
         for length in np.unique(shards.samples):
             rows = np.flatnonzero(shards.samples == length)

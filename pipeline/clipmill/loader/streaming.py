@@ -276,6 +276,10 @@ def opened(store: Store, name: str) -> BinaryIO:
 
 def tars_of(shards: Shards) -> list[_Tar]:
     """The shards that hold any of the clips; raises ConfigError where one is no tar."""
+    if shards.bins is not None:
+        raise ConfigError(
+            "--access stream: reads tars of sound, and this is a feature store; --access random reads it"
+        )
     rows = np.arange(len(shards)) if shards.columns.rows is None else shards.columns.rows
     which, firsts = shards.set_of, shards.reader.firsts
     tars = []

@@ -30,8 +30,11 @@ _MELS = 64
 _RANGE_DB = 80.0
 
 
-def clip_cards(shards: Shards, clips: Sequence[HardClip]) -> Html:
-    """The clips side by side, each with its log-mel, its sound as FLAC at its own rate, and what was heard."""
+def clip_cards(shards: Shards | None, clips: Sequence[HardClip]) -> Html:
+    """The clips side by side, each with its log-mel, its sound as FLAC at its own rate, and what was heard.
+
+    None: the sound is not there any more, and what was heard stands alone.
+    """
     return tag("div", *(_card(shards, clip) for clip in clips), class_="clips")
 
 
@@ -69,18 +72,26 @@ def logmel_png(samples: NDArray[np.int16], rate: int) -> bytes | None:
     return out.getvalue()
 
 
-def _card(shards: Shards, clip: HardClip) -> Html:
-    parts = []
+def _sound(shards: Shards, clip: HardClip) -> list[Html]:
+    """A picture and a player, or why there is none; and how long the clip is."""
+    seconds = int(shards.samples[clip.row]) / shards.sample_rate
+    cut = f", of which the first {LONGEST_S} are here" if seconds > LONGEST_S else ""
+    length = tag("small", f"{seconds:g} s{cut}")
     try:
         samples = shards.read(clip.row)[: LONGEST_S * shards.sample_rate]
     except ShardError as error:  # it could be read when it was scored
-        parts.append(tag("p", f"its sound cannot be read now: {error}"))
-    else:
-        picture = logmel_png(samples, shards.sample_rate)
-        if picture is not None:
-            parts.append(tag("img", src=data_uri("image/png", picture), alt=f"log-mel of {clip.key}"))
-        sound = data_uri("audio/flac", encode(samples, shards.sample_rate, "flac"))
-        parts.append(tag("audio", src=sound, controls="", preload="metadata"))
+        return [tag("p", f"its sound cannot be read now: {error}"), length]
+    parts = []
+    picture = logmel_png(samples, shards.sample_rate)
+    if picture is not None:
+        parts.append(tag("img", src=data_uri("image/png", picture), alt=f"log-mel of {clip.key}"))
+    sound = data_uri("audio/flac", encode(samples, shards.sample_rate, "flac"))
+    parts.append(tag("audio", src=sound, controls="", preload="metadata"))
+    return [*parts, length]
+
+
+def _card(shards: Shards | None, clip: HardClip) -> Html:
+    parts = [tag("p", "its shards of sound are gone")] if shards is None else _sound(shards, clip)
     heard = [
         tag(
             "tr",
@@ -89,16 +100,12 @@ def _card(shards: Shards, clip: HardClip) -> Html:
         )
         for label, share in clip.heard
     ]
-    seconds = int(shards.samples[clip.row]) / shards.sample_rate
-    cut = f", of which the first {LONGEST_S} are here" if seconds > LONGEST_S else ""
     return tag(
         "article",
         tag("h3", tag("small", "true: "), ", ".join(clip.labels)),
         *parts,
         tag("small", "heard:"),
         tag("table", *heard),
-        tag(
-            "small", f"{clip.key} · loss {clip.loss:.3f} · {seconds:g} s{cut} · {clip.shard}, clip {clip.row}"
-        ),
+        tag("small", f"{clip.key} · loss {clip.loss:.3f} · {clip.shard}, clip {clip.row}"),
         class_="clip",
     )

@@ -1,4 +1,4 @@
-"""The shards that a run was trained on, found again by its config.json."""
+"""The clips that a run was trained on, found again by its config.json: their shards of sound, or a feature store."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmill.errors import ClipmillError, TrainError
+from clipmill.featurestore import Entry, StoredClips
 from clipmill.shards.read import Shards
 from clipmill.train.checkpoint import read_config
 
@@ -21,6 +22,8 @@ def own_shards(
 ) -> Shards:
     """Open the shards that config.json names, where they still are; the rest is as `Shards.open` takes it.
 
+    Of a run from a feature store whose shards of sound are gone, the store's clips.
+
     Raises:
         TrainError: no run is there, or its shards are not where they were.
     """
@@ -33,8 +36,34 @@ def own_shards(
     try:
         return Shards.open(wanted, cache=cache, settings=settings, say=say)
     except (ClipmillError, OSError) as error:
+        if config.get("stored"):
+            return _stored(run, config["stored"]["place"])
         raise TrainError(
             f"{run}: the shards that it was trained on cannot be opened ({error}); say where they are with --shards"
+        ) from error
+
+
+def sound_of(clips: Shards) -> Shards | None:
+    """The shards of sound of these clips, row by row: their own, or where a store's lay when it was computed.
+
+    None where they are not there any more, or are others by now.
+    """
+    if not isinstance(clips, StoredClips):
+        return clips
+    try:
+        found = Shards.open(clips.sound)
+    except (ClipmillError, OSError):
+        return None
+    return found if found.root_sha256 == clips.root_sha256 and len(found) == len(clips) else None
+
+
+def _stored(run: Path, place: str) -> Shards:
+    try:
+        return Entry.open(Path(place)).clips
+    except (ClipmillError, OSError) as error:
+        raise TrainError(
+            f"{run}: neither the shards nor the features that it was trained on can be opened ({error}); say where "
+            "the shards are with --shards"
         ) from error
 
 

@@ -14,6 +14,7 @@ from clipmill.loader import Bad, Feed
 from clipmill.report.charts import Line, charts, line_chart, reliability_diagram
 from clipmill.report.clips import LONGEST_S, clip_cards
 from clipmill.report.markup import Html, Section, as_utf8, facts, page, section, table, tag
+from clipmill.report.own_shards import sound_of
 from clipmill.report.run_files import best_step, is_number, part_of, read_metrics
 from clipmill.report.sections import (
     FIGURES,
@@ -115,7 +116,7 @@ def _page(
                 f"The clips of the highest loss; of one longer than {LONGEST_S} s, of which the network heard all, the "
                 f"first {LONGEST_S} s are here. A wrong label, a silent or a cut clip is found fastest here."
             )
-            parts.append(section("Hardest clips", clip_cards(shards, found.hardest), hint=hint))
+            parts.append(section("Hardest clips", clip_cards(sound_of(shards), found.hardest), hint=hint))
     parts.append(_unreadable(rows, found))
     about = [
         config.get("model"),

@@ -92,7 +92,7 @@ class Hdf5Shard:
     def __init__(self, path: Path, rate: int, encoding: str, labels: tuple[str, ...]) -> None:
         import h5py
 
-        self._disk = _Disk(path)
+        self._disk = Disk(path)
         # Samples that begin at even places in memory are copied faster when they are read.
         self._file = h5py.File(
             self._disk, "w", libver=("v110", "v110"), alignment_threshold=4096, alignment_interval=64
@@ -149,7 +149,7 @@ class Hdf5Shard:
         self._file.close()
 
 
-class _Disk:
+class Disk:
     """A file for HDF5 to write to that never fails under it: left to itself, HDF5 ends the process on a full disk.
 
     What cannot be written is dropped, and the error is raised by `check` and `close`.

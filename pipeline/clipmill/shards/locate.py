@@ -22,6 +22,9 @@ from clipmill.shards.places import ShardSet
 from clipmill.shards.plan import PLAN_FILE
 from clipmill.stores import Store, open_store
 
+ENTRY_FILE = "entry.json"
+"""What only an entry of a feature store has, beside copies of the tables of shards."""
+
 _ENDINGS = (".tar", *HDF5_SUFFIXES)
 
 
@@ -35,6 +38,10 @@ def open_set(
     """One set, and which rows of its index are of the shards asked for; see `Shards.open`."""
     folder, names = _resolve(where)
     store = open_store(folder, cache=cache, settings=settings)
+    if store.exists(ENTRY_FILE):
+        raise ShardError(
+            f"{folder}: holds stored features, and this needs sound: `pipeline features show` says of which shards"
+        )
     if not store.exists(DATASET_FILE):
         return _open_foreign(store, names, ours, say)
     info = read_dataset(store.local(DATASET_FILE).parent)

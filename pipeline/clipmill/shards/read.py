@@ -32,7 +32,14 @@ class Shards:
         columns: of the index, at the clips chosen.
         labels: class names of all sets; a class's id is its place.
         sample_rate: Hz.
+        bins: values at each of a clip's places in time; None where clips are sound, of one.
+        dtype: of the values.
+        silence: what stands behind the end of a clip that is read into more room than it takes.
     """
+
+    bins: int | None = None
+    dtype: np.dtype[Any] = np.dtype(np.int16)
+    silence: NDArray[Any] = np.zeros((), np.int16)
 
     def __init__(
         self,
@@ -105,15 +112,17 @@ class Shards:
         chosen = np.asarray(rows)
         if chosen.dtype == bool:
             chosen = np.flatnonzero(chosen)
-        taken = Shards(self.sets, self.columns.take(chosen.astype(np.int64)).rows, self.labels)
-        taken.reader = self.reader  # what it knows of files and places serves both
-        return taken
+        return self._like(self.columns.take(chosen.astype(np.int64)).rows, self.labels)
 
     def with_labels(self, labels: Sequence[str]) -> Shards:
         """The same clips with these classes, which must hold all of theirs: those of a run over more sets."""
-        same = Shards(self.sets, self.columns.rows, labels)
-        same.reader = self.reader
-        return same
+        return self._like(self.columns.rows, labels)
+
+    def _like(self, rows: NDArray[np.int64] | None, labels: Sequence[str]) -> Shards:
+        """Other clips of the same sets."""
+        other = type(self)(self.sets, rows, labels)
+        other.reader = self.reader  # what it knows of files and places serves both
+        return other
 
     def where(self, text: str) -> Shards:
         """The clips that fulfil an expression such as `silent < 0.9 and duration_s >= 1`, in the order they have.
@@ -285,7 +294,7 @@ class Shards:
         *,
         check: bool = False,
     ) -> list[Unread]:
-        """Fill `out` `[rows, samples]`; see `Reader.read_into`."""
+        """Fill `out`, `[rows, samples]` of `dtype`, or `[rows, places, bins]`; see `Reader.read_into`."""
         return self.reader.read_into(self.stored(rows), out, starts, check=check)
 
     def decode_into(

@@ -34,9 +34,11 @@ from clipmill_models import ModelError, Tagger, create_model
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pt", "best.safetensors"
 PREVIOUS, LAUNCH = "previous.pt", "torchrun.id"
 BATCHES = "batches.jsonl"
+FUSION = "fusion.json"
+"""What stands instead of config.json in a folder of `pipeline fuse`."""
 
 FREE = frozenset({
-    *("shards", "dataset", "device", "versions", "allow_leak"),
+    *("shards", "dataset", "device", "versions", "allow_leak", "stored.place"),
     *(f"recipe.{field}" for field in ("name", "about", "model", "init", "patience")),
     *(f"init.{field}" for field in ("from", "bytes", "weights", "matched", "parameters", "head")),
 })  # fmt: skip
@@ -44,14 +46,11 @@ FREE = frozenset({
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run's network with trained weights, in evaluation mode, and all that it needs to hear a clip."""
+class Described:
+    """What a run's config.json says of it."""
 
     folder: Path
     config: dict[str, Any]
-    model: Tagger
-    features: FrontEnd
-    weights: str
 
     @property
     def labels(self) -> list[str]:
@@ -64,9 +63,24 @@ class Run:
         return int(self.config["sample_rate"])
 
     @property
+    def feature(self) -> str | None:
+        """The name of the feature that the network sees; None where it takes waveforms, or is fused of several."""
+        seen = (self.config.get("features") or {}).get("feature")
+        return None if seen is None else str(seen["name"])
+
+    @property
     def loss(self) -> str:
         """softmax or sigmoid: how logits become probabilities."""
         return str(self.config["loss"])
+
+
+@dataclass(frozen=True)
+class Run(Described):
+    """A run's network with trained weights, in evaluation mode, and all that it needs to hear a clip."""
+
+    model: Tagger
+    features: FrontEnd
+    weights: str
 
 
 def read_run(folder: Path, device: torch.device, weights: str = "best") -> Run:
@@ -92,6 +106,11 @@ def read_run(folder: Path, device: torch.device, weights: str = "best") -> Run:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A run's config.json; raises TrainError when there is none."""
+    if (folder / FUSION).is_file():
+        raise TrainError(
+            f"{folder}: is a fused model, which `pipeline predict` and `pipeline evaluate` take, and this does not; "
+            f"name one of the runs in its {FUSION}"
+        )
     if not (folder / CONFIG).is_file():
         raise TrainError(
             f"{folder}: holds no {CONFIG}, so it is no run; `pipeline train --out {folder}` makes one"
@@ -125,6 +144,8 @@ def start_or_resume(
     Raises:
         TrainError: a run is there and `resume` is not given, or what is there was made otherwise.
     """
+    if (out / FUSION).exists():
+        raise TrainError(f"{out}: holds a fused model; another --out starts a run")
     if launch is not None:
         # "none" is what torchrun calls a start that nobody gave a name.
         again = (out / LAUNCH).exists() and (out / LAUNCH).read_text() == launch

@@ -108,14 +108,45 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "main_figure": best[0]["main_figure"] if best else None,
         "runs": rows,
-        "mean": _over(best, mean),
-        "deviation": _over(best, _deviation),
-        "last_mean": _over(last, mean),
-        "last_deviation": _over(last, _deviation),
+        "mean": mean_of(best),
+        "deviation": deviation_of(best),
+        "last_mean": mean_of(last),
+        "last_deviation": deviation_of(last),
         "by_seed": [
-            {"seed": seed, "mean": _over([row["best"] for row in done if row["seed"] == seed], mean)} for seed in seeds
+            {"seed": seed, "mean": mean_of([row["best"] for row in done if row["seed"] == seed])} for seed in seeds
         ],
     }  # fmt: skip
+
+
+def runs_of(folder: Path) -> dict[str, Path]:
+    """The runs that a folder's crossval.json tells of, by `Part.name`; all have been evaluated.
+
+    Raises:
+        TrainError: there is none, it is damaged, or a run of it has no best weights yet.
+    """
+    try:
+        told = tables.read_json(folder / CROSSVAL, "runs")
+        found = {row["run"]: folder / row["run"] for row in told["runs"]}
+    except (TableError, TypeError, KeyError) as error:
+        raise TrainError(f"{folder / CROSSVAL}: cannot be read ({error})") from error
+    if not found:
+        raise TrainError(f"{folder / CROSSVAL}: tells of no runs")
+    for run in found.values():
+        if not (run / checkpoint.BEST).is_file():
+            raise TrainError(
+                f"{run}: has no {checkpoint.BEST} yet; the same `pipeline train` with --resume goes on with {folder}"
+            )
+    return found
+
+
+def mean_of(figures: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The mean of each figure that all evaluations have."""
+    return _over(figures, mean)
+
+
+def deviation_of(figures: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The deviation of a sample, of each figure that all evaluations have; None of one evaluation."""
+    return _over(figures, lambda values: stdev(values) if len(values) > 1 else None)
 
 
 def check_free(out: Path, parts: list[Part], *, resume: bool) -> None:
@@ -126,11 +157,6 @@ def check_free(out: Path, parts: list[Part], *, resume: bool) -> None:
             f"{out}: already holds {len(there)} of these {len(parts)} runs; --resume goes on with them, another --out "
             "starts new ones"
         )
-
-
-def _deviation(values: list[float]) -> float | None:
-    """Of a sample; None of one value."""
-    return stdev(values) if len(values) > 1 else None
 
 
 def _over(

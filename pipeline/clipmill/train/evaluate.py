@@ -18,11 +18,12 @@ from clipmill.errors import ShardError, TrainError
 from clipmill.loader import Bad, Feed, WholeClips, check_bad
 from clipmill.loader.batches import Batch
 from clipmill.shards.read import Shards
-from clipmill.train.checkpoint import Run
+from clipmill.train.checkpoint import Described, Run
 from clipmill.train.device import SECONDS_AT_ONCE
 from clipmill.train.lengths import check_heard
 from clipmill.train.metrics import confusions, main_figure, measure_scores
 from clipmill.train.objective import clip_loss, probabilities
+from clipmill.train.sees import front_end_of
 from clipmill.train.split import held_out_again, labelled
 from clipmill.train.timing import within_memory
 
@@ -39,7 +40,7 @@ class Scored:
 
     Attributes:
         rows: int64 `[scored]`, the clips that could be read, in the order of the shards.
-        scores: float32 `[scored, classes]`, probabilities.
+        scores: float32 `[scored, classes]`, probabilities, or what else `score_clips` was asked for.
         losses: float32 `[scored]`, of each clip.
         loss: the mean of a clip.
         unread: the clips that could not be read.
@@ -116,11 +117,12 @@ def score_clips(
     feed: Feed = Feed(),  # noqa: B008 - frozen
     update: Update = lambda done, facts: None,
     tell: Callable[[Bad], None] = lambda bad: None,
+    answer: Callable[[torch.Tensor, str], torch.Tensor] = probabilities,
 ) -> Scored:
     """Score whole clips; `tell` hears of each that cannot be read.
 
     Clips of one length are scored together, so that none is padded for another's sake.
-    `model` must be in evaluation mode.
+    `model` must be in evaluation mode; `answer` makes the scores of its logits and the loss.
 
     Raises:
         ShardError: none of the clips can be read.
@@ -140,7 +142,7 @@ def score_clips(
     much = f"clips of up to {longest_s:g} s; --where 'duration_s < ...' leaves the longest out{on_gpu}"
     with within_memory(much), closing(clips.batches()) as batches:
         # The device goes on while the answers to the batch before are read.
-        for scored, scores, each in _one_behind(_sent(model, features, batches, loss)):
+        for scored, scores, each in _one_behind(_sent(model, features, batches, loss, answer)):
             rows.append(scored)
             found.append(scores.numpy())
             losses.append(each.numpy())
@@ -163,15 +165,19 @@ def score_clips(
 
 
 def _sent(
-    model: nn.Module, features: nn.Module, batches: Iterable[Batch], loss: str
+    model: nn.Module,
+    features: nn.Module,
+    batches: Iterable[Batch],
+    loss: str,
+    answer: Callable[[torch.Tensor, str], torch.Tensor],
 ) -> Iterator[tuple[NDArray[np.int64], Fetched, Fetched]]:
-    """The rows of each batch, and its probabilities `[B, classes]` and losses `[B]`, on their way."""
+    """The rows of each batch, and its scores `[B, classes]` and losses `[B]`, on their way."""
     one_loss = torch.vmap(partial(clip_loss, loss=loss))
     for batch in batches:
         logits = model(features(to_float(batch.waves))).float()
         # Each clip as a batch of its own.
         each = one_loss(logits[:, None], batch.targets[:, None])
-        yield batch.rows.numpy(), Fetched(probabilities(logits, loss)), Fetched(each)
+        yield batch.rows.numpy(), Fetched(answer(logits, loss)), Fetched(each)
 
 
 def _one_behind(items: Iterable[T]) -> Iterator[T]:
@@ -235,8 +241,11 @@ def evaluate_clips(
     shards = fitting(run, shards)
     rows, what = choose_clips(run, shards, fold, split, where)
     chosen = shards.take(rows)
-    check_heard(run.model, run.features, int(chosen.samples.max()), f"the longest clip of {what}")
-    scored = score_clips(run.model, run.features, chosen, run.loss, device, feed, update, tell)
+    features = (
+        run.features if chosen.bins is None else front_end_of(chosen, run.config["features"]).to(device)
+    )
+    check_heard(run.model, features, int(chosen.samples.max()), f"the longest clip of {what}")
+    scored = score_clips(run.model, features, chosen, run.loss, device, feed, update, tell)
     check_bad(scored.unread, len(chosen), feed.max_bad)
     targets = chosen.targets_of(scored.rows)
     figures = measure_scores(targets, scored.scores, run.labels, run.loss)
@@ -273,7 +282,7 @@ def _hardest(
     return found
 
 
-def fitting(run: Run, shards: Shards) -> Shards:
+def fitting(run: Described, shards: Shards) -> Shards:
     """The shards with the run's classes, of which they may have some, in any order.
 
     Raises:
@@ -288,7 +297,7 @@ def fitting(run: Run, shards: Shards) -> Shards:
             f"{shards.place}: its {len(shards.labels)} classes are not the {len(run.labels)} that {run.folder} "
             f"was trained on ({'; '.join(parts)}); give --shards of the same dataset"
         )
-    if shards.sample_rate != run.sample_rate:
+    if shards.bins is None and shards.sample_rate != run.sample_rate:
         raise TrainError(
             f"{shards.place}: is at {shards.sample_rate} Hz, while {run.folder} was trained at {run.sample_rate} Hz; "
             f"make shards with `pipeline shard --sample-rate {run.sample_rate}`"
@@ -297,11 +306,15 @@ def fitting(run: Run, shards: Shards) -> Shards:
 
 
 def choose_clips(
-    run: Run, shards: Shards, fold: int | None, split: str | None, where: str | None = None
+    run: Described, shards: Shards, fold: int | None, split: str | None, where: str | None = None
 ) -> tuple[NDArray[np.int64], str]:
     """The rows to score, and what they are in words; raises TrainError when there are none."""
     if fold is None and split is None:
         held = run.config["held_out"]
+        if held is None:
+            raise TrainError(
+                f"{run.folder}: its runs held out different clips; say which to score with --fold or --split"
+            )
         same = (shards.root_sha256, shards.some_files) == (run.config["root_sha256"], run.config.get("files"))
         if held["by"] == "groups" and not same:
             raise TrainError(

@@ -173,7 +173,7 @@ def _check_place(run: Run, out: Path, format: str, overwrite: bool) -> None:
 
 def _describe(run: Run) -> dict[str, Any]:
     """What every file says of itself, as plain JSON values."""
-    logmel = run.features.logmel
+    feature = run.features.feature
     return {
         "clipmill": __version__,
         "model": run.model.name,
@@ -181,7 +181,7 @@ def _describe(run: Run) -> dict[str, Any]:
         "labels": run.labels,
         "loss": run.loss,
         "features": run.features.config,
-        "frames_per_s": None if logmel is None else logmel.frames_per_s,
+        "frames_per_s": None if feature is None else feature.frames_per_s,
         "weights": run.weights,
     }
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from clipmill.errors import TrainError
-from clipmill.features import FrontEnd
 from clipmill.loader import Batch, step_seed
 from clipmill.train.ema import Ema
 from clipmill.train.objective import clip_loss
@@ -40,7 +39,7 @@ class Learner:
     def __init__(self, plan: Plan, ranks: Ranks, state: dict[str, Any] | None = None) -> None:
         recipe = plan.recipe
         self.recipe, self.ranks, self.seed, self.loss = recipe, ranks, plan.seed, plan.config["loss"]
-        self.features = FrontEnd(**plan.config["features"]).to(plan.device)
+        self.features = plan.front_end().to(plan.device)
         self.prepare = Preparation(recipe, self.features, plan.seed, ranks)
         self.model = fresh_network(plan, resumed=state is not None)
         self.ema = Ema(self.model, recipe.ema_decay, warmup=recipe.ema_warmup)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 
 from clipmill.errors import TrainError
-from clipmill.features import FrontEnd
+from clipmill.features import FrontEnd, StoredFrontEnd
 from clipmill_models import Tagger
 
 
-def hears(network: Tagger, features: FrontEnd, samples: int) -> bool:
+def hears(network: Tagger, features: FrontEnd | StoredFrontEnd, samples: int) -> bool:
     """Whether the network takes a clip of so many samples at the shards' rate."""
     return network.longest is None or features.places(samples) <= network.longest
 
 
-def longest_s(network: Tagger, features: FrontEnd) -> float:
+def longest_s(network: Tagger, features: FrontEnd | StoredFrontEnd) -> float:
     """The most whole seconds that the network takes; infinity where any will do."""
     if network.longest is None:
         return math.inf
@@ -26,7 +26,7 @@ def longest_s(network: Tagger, features: FrontEnd) -> float:
 
 def check_heard(
     network: Tagger,
-    features: FrontEnd,
+    features: FrontEnd | StoredFrontEnd,
     samples: int,
     what: str,
     mend: str = "--where 'duration_s <= {most:g}' leaves the longer ones out",

@@ -12,7 +12,8 @@ import torch
 
 from clipmill import __version__
 from clipmill.errors import ConfigError, TrainError
-from clipmill.features import FrontEnd
+from clipmill.features import Feature, FrontEnd, StoredFrontEnd, create_feature
+from clipmill.featurestore import StoredClips
 from clipmill.loader import NO_PROMISE, Feed, Sampler, rank_positions
 from clipmill.shards.read import Shards
 from clipmill.stores import Store
@@ -20,6 +21,7 @@ from clipmill.train.lengths import check_heard
 from clipmill.train.objective import choose_loss
 from clipmill.train.prepare import crop_samples
 from clipmill.train.recipes import Recipe
+from clipmill.train.sees import front_end_of
 from clipmill.train.split import Split, choose_split, few
 from clipmill.train.transfer import features_of, initialise
 from clipmill_models import ModelError, Tagger, create_model, outline_model
@@ -48,6 +50,10 @@ class Plan:
     def default_out(self) -> Path:
         """runs/<dataset>-<model>-<what is held out>, with -init where the weights come from elsewhere."""
         return default_out(self.shards.name, self.config["model"], self.split.tag, init=self.init is not None)
+
+    def front_end(self) -> FrontEnd | StoredFrontEnd:
+        """What stands between the clips, sound or stored features, and the network."""
+        return front_end_of(self.shards, self.config["features"])
 
     @property
     def held_out(self) -> Shards:
@@ -79,7 +85,7 @@ def plan_run(
     """Decide everything about a run, and write nothing.
 
     Args:
-        shards: the clips, of one or several sets.
+        shards: the clips, of one or several sets; or those of a feature store.
         recipe: how to train.
         device: where.
         fold: to hold out; see `choose_split` for what is without one.
@@ -95,8 +101,9 @@ def plan_run(
         set_weights: one for each of the sets of `shards`: what share of the clips to learn from comes from each.
 
     Raises:
-        ConfigError: the recipe's model is not known, it wants weights to start from, `where` cannot be read, or a
-            stream cannot do what is asked.
+        ConfigError: the recipe's model is not known, it wants weights to start from, or what a feature store does
+            not hold; `where` cannot be read, or a stream cannot do what is asked.
+        FeatureError: the network does not take the feature.
         TrainError: the clips cannot be split, or have fewer than two classes; a class is held out that cannot be
             learnt; `init` cannot be read, or less than half of the model fits.
     """
@@ -115,11 +122,19 @@ def plan_run(
     recipe = recipe.for_clips(len(clips)).on(device.type)
     sampler = feed.sampler(clips, recipe.sampling, seed, set_weights)
     loss = choose_loss(shards.label_counts, recipe.loss)
-    network = create_network(recipe.model, len(shards.labels), outline_model)
-    features = FrontEnd.of(network, shards.sample_rate)
+    feature, rate = _feature(shards, recipe)
+    bins = None if feature is None else feature.bins
+    network = create_network(recipe.model, len(shards.labels), bins, outline_model)
+    features = FrontEnd.of(network, rate, feature)
+    stored = None
+    if isinstance(shards, StoredClips):
+        stored = {"place": _absolute(shards.sets[0].store), "spec": shards.spec.sha256}
     config = {
         "dataset": shards.name,
-        "shards": [_absolute(part.store) for part in shards.sets],
+        "shards": shards.sound
+        if isinstance(shards, StoredClips)
+        else [_absolute(part.store) for part in shards.sets],
+        "stored": stored,
         "root_sha256": shards.root_sha256,
         "files": shards.some_files,
         "clips": {"train": len(split.train), "held_out": len(split.held_out)},
@@ -128,7 +143,7 @@ def plan_run(
         "access": feed.access,
         "set_weights": None if set_weights is None else list(set_weights),
         "labels": shards.labels,
-        "sample_rate": shards.sample_rate,
+        "sample_rate": rate,
         "features": features.config,
         "model": network.name,
         "loss": loss,
@@ -142,8 +157,9 @@ def plan_run(
     crop = crop_samples(recipe, shards.sample_rate)
     learnt_from = crop or int(clips.samples.max())
     what = "the crop" if crop else "the longest clip to train on"
-    check_heard(network, features, learnt_from, what, "--crop-s {most:g} cuts clips to that")
-    check_heard(network, features, int(shards.samples[split.held_out].max()), "the longest clip held out")
+    sees = front_end_of(shards, features.config)
+    check_heard(network, sees, learnt_from, what, "--crop-s {most:g} cuts clips to that")
+    check_heard(network, sees, int(shards.samples[split.held_out].max()), "the longest clip held out")
     notes = [f"{len(split.train)} clips to train on, {len(split.held_out)} held out: {split.why}"]
     notes += _unlearnable(shards, split, allow_missing)
     if init is not None:
@@ -151,9 +167,9 @@ def plan_run(
         _check_features(init, features)
         notes = [f"weights of {init}: {'; '.join(transferred.lines())}", *notes]
     if network.input == "waveform":
-        if recipe.mixup == "between-class-logmel":
+        if recipe.mixup in ("between-class-logmel", "standard-features"):
             raise ConfigError(
-                f"--mixup {recipe.mixup}: {network.name} takes waveforms and has no log-mel to mix"
+                f"--mixup {recipe.mixup}: {network.name} takes waveforms and has no features to mix"
             )
         if recipe.specaugment:
             notes.append(f"no SpecAugment: {network.name} takes waveforms")
@@ -169,10 +185,12 @@ def plan_run(
     return Plan(shards, split, clips, sampler, recipe, seed, device, init, feed, config, tuple(notes))
 
 
-def create_network(name: str, classes: int, build: Callable[[str, int], Tagger] = create_model) -> Tagger:
-    """The network called `name`; raises ConfigError where there is none."""
+def create_network(
+    name: str, classes: int, bins: int | None = None, build: Callable[..., Tagger] = create_model
+) -> Tagger:
+    """The network called `name`, for features of `bins` (None: its own); raises ConfigError where there is none."""
     try:
-        return build(name, classes)
+        return build(name, classes, bins)
     except ModelError as error:
         raise ConfigError(f"--model {name}: {error}") from error
 
@@ -181,25 +199,66 @@ def fresh_network(plan: Plan, *, resumed: bool) -> Tagger:
     """The network with the weights that the run starts from; drawing them leaves the caller's random stream alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
-        model = create_network(plan.config["model"], len(plan.config["labels"]))
+        bins = FrontEnd(**plan.config["features"]).bins
+        model = create_network(plan.config["model"], len(plan.config["labels"]), bins)
     if plan.init is not None and not resumed:
         initialise(model, plan.init, plan.config["labels"], plan.config["loss"])
     # Channels last in memory is what convolutions are fastest in, on a CPU as well.
     return model.to(plan.device).to(memory_format=torch.channels_last).train()
 
 
+def _feature(shards: Shards, recipe: Recipe) -> tuple[Feature | None, int]:
+    """The feature that the network is to see, None for its own; and the sample rate of the sound that it is made from.
+
+    Raises:
+        ConfigError: the recipe asks of a feature store what it does not hold.
+    """
+    if not isinstance(shards, StoredClips):
+        rate = shards.sample_rate
+        return None if recipe.feature == "auto" else create_feature(recipe.feature, sample_rate=rate), rate
+    feature = shards.spec.create()
+    if recipe.feature not in ("auto", feature.NAME):
+        raise ConfigError(
+            f"--feature {recipe.feature}: these clips of {shards.place} are stored as {feature.NAME}"
+        )
+    asked = {
+        f"--mixup {recipe.mixup}": recipe.mixup in ("standard", "between-class", "between-class-logmel"),
+        f"--pitch-semitones {recipe.pitch_semitones:g}": bool(recipe.pitch_semitones),
+        f"--stretch {recipe.stretch:g}": bool(recipe.stretch),
+        f"--noise-snr-db {recipe.noise_snr_db}": recipe.noise_snr_db is not None,
+    }
+    if impossible := [flag for flag, wanted in asked.items() if wanted]:
+        mends = (
+            "--mixup none, or standard-features",
+            "--pitch-semitones 0",
+            "--stretch 0",
+            "--noise-snr-db inf",
+        )
+        mend = ", ".join(mends[place] for place, wanted in enumerate(asked.values()) if wanted)
+        raise ConfigError(
+            f"{', '.join(impossible)}: needs waveforms, and a feature store holds none ({shards.place}). Allowed is "
+            f"{mend}; or train from --shards alone, with --feature {feature.NAME}"
+        )
+    return feature, int(feature.config["sample_rate"])
+
+
 def _check_features(init: Path, features: FrontEnd) -> None:
     """Raise TrainError where the weights to start from know other features: their bins would mean other sounds."""
-    theirs = features_of(init)
-    if theirs is None or features.logmel is None or theirs.get("logmel") is None:
+    theirs, ours = (features_of(init) or {}).get("feature"), features.config["feature"]
+    if theirs is None or ours is None or theirs == ours:
         return
-    ours = features.config["logmel"]
-    if differing := sorted(name for name in ours if theirs["logmel"].get(name) != ours[name]):
-        told = ", ".join(f"{name} {theirs['logmel'].get(name)} and not {ours[name]}" for name in differing)
+    if theirs["name"] != ours["name"]:
         raise TrainError(
-            f"{init}: was trained on another log-mel ({told}); `pipeline shard --sample-rate "
-            f"{theirs['sample_rate']}` makes shards that fit"
+            f"{init}: was trained on {theirs['name']}, not {ours['name']}; --feature {theirs['name']}"
         )
+    was, is_ = ({"version": said["version"], **said["settings"]} for said in (theirs, ours))
+    told = ", ".join(
+        f"{name} {was.get(name)} and not {is_[name]}" for name in is_ if was.get(name) != is_[name]
+    )
+    raise TrainError(
+        f"{init}: was trained on another {ours['name']} ({told}); `pipeline shard --sample-rate "
+        f"{was['sample_rate']}` makes shards that fit a rate"
+    )
 
 
 def _unlearnable(shards: Shards, split: Split, allowed: bool) -> list[str]:

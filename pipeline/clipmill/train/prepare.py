@@ -25,7 +25,7 @@ from clipmill.augment import (
     time_stretch,
     to_float,
 )
-from clipmill.features import FrontEnd
+from clipmill.features import FrontEnd, StoredFrontEnd
 from clipmill.loader import Batch, draws
 from clipmill.train.ranks import Ranks
 from clipmill.train.recipes import LOUDEST_SNR_DB, Recipe
@@ -49,19 +49,25 @@ class Preparation:
 
     Args:
         recipe: which augmentations, and how strong.
-        features: the front end, on the device.
+        features: the front end, on the device; a stored feature's takes no augmentation of waveforms.
         seed: of the run.
         ranks: whose batch it is: mixing takes partners from all of it.
     """
 
-    def __init__(self, recipe: Recipe, features: FrontEnd, seed: int, ranks: Ranks = Ranks()) -> None:  # noqa: B008 - frozen
+    def __init__(
+        self,
+        recipe: Recipe,
+        features: FrontEnd | StoredFrontEnd,
+        seed: int,
+        ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    ) -> None:
         self.recipe, self.features, self.seed, self.ranks = recipe, features, seed, ranks
 
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         """The batch of a step (from 0), of this rank.
 
         Returns:
-            float32 log-mel `[B, bins, frames]`, or `[B, samples]` for a network on waveforms, which
+            float32 feature `[B, bins, frames]`, or `[B, samples]` for a network on waveforms, which
             SpecAugment leaves alone; and soft targets float32 `[B, classes]`.
         """
         recipe, rate = self.recipe, self.features.sample_rate
@@ -71,16 +77,15 @@ class Preparation:
         if wanted and waves.shape[1] != wanted:  # as from a stream: else no more than that was read
             waves = crop(waves, lengths, wanted, self.ranks.own(u["crop"])[:, 0])
         elif not wanted and self.ranks.count > 1:
-            widest = self.ranks.widest(waves.shape[1])
-            waves = torch.nn.functional.pad(waves, (0, widest - waves.shape[1]))
+            waves = self.features.padded(waves, self.ranks.widest(waves.shape[1]))
         sound = self._changed(to_float(waves), {name: self.ranks.own(part) for name, part in u.items()})
         gain = loudness_db(sound, rate) if recipe.mixup.startswith("between-class") else None
         if recipe.mixup in ("standard", "between-class"):
             sound, targets = self._mixed(sound, targets, gain, u)
         heard = self.features(sound)
-        if recipe.mixup == "between-class-logmel":
+        if recipe.mixup in ("between-class-logmel", "standard-features"):
             heard, targets = self._mixed(heard, targets, gain, u)
-        if recipe.specaugment and self.features.logmel is not None:
+        if recipe.specaugment and self.features.feature is not None:
             frames = min(recipe.mask_frames, heard.shape[2] // 8)
             masks = self.ranks.own(u["masks"])
             heard = specaugment(heard, masks, time_width=frames, freq_width=recipe.mask_bins)

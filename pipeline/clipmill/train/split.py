@@ -88,6 +88,31 @@ def held_out_again(shards: Shards, by: str, value: Any) -> NDArray[np.int64]:
     return np.flatnonzero(chosen & labelled(shards))
 
 
+def learnt_from(shards: Shards, config: dict[str, Any]) -> NDArray[np.bool_]:
+    """`[clips]`: whether a run learnt from a clip, by what its config.json keeps.
+
+    Clips of other datasets, by name, are none of its own. Where the run held out groups that it drew from other
+    shards than these, any clip may be one that it learnt from.
+
+    Raises:
+        ConfigError: the run's `where` names a column that these shards lack.
+    """
+    held, names = config["held_out"], str(config["dataset"]).split("+")
+    same = shards.root_sha256 == config["root_sha256"]
+    learnt = labelled(shards) & np.isin([part.info["name"] for part in shards.sets], names)[shards.set_of]
+    if held["by"] != "groups" or (same and shards.some_files == config.get("files")):
+        learnt[held_out_again(shards, held["by"], held["value"])] = False
+    if held["by"] != "groups":
+        learnt &= shards.in_splits(*TRAIN_SPLITS, NO_SPLIT)
+    if config.get("where") is not None:
+        learnt &= shards.fulfilling(config["where"])
+    for number, files in enumerate(config.get("files") or [] if same else []):
+        if files is not None:
+            inside = np.asarray(pc.is_in(shards.columns["shard"], pa.array(files)))
+            learnt &= inside | (shards.set_of != number)
+    return learnt
+
+
 def labelled(shards: Shards) -> NDArray[np.bool_]:
     """`[clips]`: whether a clip has any label."""
     return np.asarray(shards.label_counts > 0)

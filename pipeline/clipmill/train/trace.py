@@ -21,7 +21,6 @@ from clipmill.train.checkpoint import Run
 from clipmill.train.lengths import hears
 from clipmill.train.objective import probabilities
 from clipmill_models import Tagger
-from clipmill_models.logmel import RealLogMel
 
 EXAMPLE_S = 2.317
 """Seconds that a network is traced with; no round number, so that nothing that is special to one is built in."""
@@ -47,7 +46,7 @@ class Traced:
 class RealFrontEnd(nn.Module):
     """The same numbers as a `FrontEnd`, up to rounding, from real convolutions and products alone.
 
-    `[B, samples]`, float32 in -1..1 -> `[B, bins, frames]` in dB, or `[B, samples]` at the network's rate.
+    `[B, samples]`, float32 in -1..1 -> `[B, bins, frames]`, or `[B, samples]` at the network's rate.
     """
 
     kernel: Tensor | None
@@ -60,12 +59,12 @@ class RealFrontEnd(nn.Module):
             self.step = resample.orig_freq // resample.gcd
             self.phases = resample.new_freq // resample.gcd
             self.register_buffer("kernel", resample.kernel, persistent=False)
-        self.logmel: RealLogMel | None = None
-        if front_end.logmel is not None:
-            settings, frames_per_s = front_end.logmel.config, front_end.logmel.frames_per_s
-            self.logmel = RealLogMel(**settings, frames_per_s=frames_per_s)
+        self.feature: nn.Module | None = None
+        if (feature := front_end.feature) is not None:
+            self.feature = feature.real()
+            self.frames = feature.frames
             # Sound that is not padded to whole seconds must be long enough to be mirrored at its ends.
-            self.least = None if frames_per_s else settings["n_fft"] // 2 + 1
+            self.least = None if feature.frames_per_s else feature.config["n_fft"] // 2 + 1
 
     def forward(self, wave: Tensor) -> Tensor:
         """See the class."""
@@ -77,12 +76,12 @@ class RealFrontEnd(nn.Module):
             padded = F.pad(wave, (self.width, self.width + 2 * self.step))
             phases = F.conv1d(padded[:, None], self.kernel, stride=self.step)
             wave = phases.transpose(1, 2).flatten(1)[:, :samples]
-        if self.logmel is None:
+        if self.feature is None:
             return wave
         if self.least is None:
-            return self.logmel(wave)
+            return self.feature(wave)
         missing: Any = torch.sym_max(self.least - wave.shape[1], 0)
-        return self.logmel(F.pad(wave, (0, missing)))[..., : self.logmel.frames(wave.shape[1])]
+        return self.feature(F.pad(wave, (0, missing)))[..., : self.frames(wave.shape[1])]
 
 
 class _Whole(nn.Module):

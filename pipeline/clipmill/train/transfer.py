@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipmill import tables
 from clipmill.errors import TrainError
-from clipmill.train.checkpoint import BEST, CONFIG, LAST, read_config
+from clipmill.train.checkpoint import BEST, CONFIG, FUSION, LAST, read_config
 from clipmill_models import ModelError, Tagger
 from clipmill_models.transfer import Transferred, load_matching
 
@@ -121,7 +121,7 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _of_run(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The file of a run's weights, and its labels and loss."""
-    if not (folder / CONFIG).is_file():
+    if not any((folder / name).is_file() for name in (CONFIG, FUSION)):
         raise TrainError(f"{folder}: is a folder, but holds no {CONFIG}, so it is no run; {ALLOWED}")
     config = read_config(folder)
     path = next((folder / name for name in (BEST, LAST) if (folder / name).is_file()), None)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmill.errors import ConfigError
+from clipmill.features import FEATURES
 from clipmill.loader import SAMPLINGS
 
 if sys.version_info >= (3, 11):
@@ -24,8 +25,13 @@ else:
 
 HERE = Path(__file__).parent
 
-MIXUPS = ("none", "standard", "between-class", "between-class-logmel")
-"""Table 3's types 1 to 4: none; standard; modified, on the waveform; modified, on the log-mel."""
+MIXUPS = ("none", "standard", "between-class", "between-class-logmel", "standard-features")
+"""Table 3's types 1 to 4: none; standard; modified, on the waveform; modified, on the log-mel (or another feature).
+
+The last is the standard one on features, which needs no waveform.
+"""
+
+FEATURE_CHOICES = ("auto", *FEATURES)
 
 SCHEDULES = ("constant", "one-cycle")
 LOSSES = ("auto", "softmax", "sigmoid")
@@ -42,6 +48,7 @@ class Recipe:
     Attributes:
         name: what `--recipe` calls it.
         model: of the network, such as erann-1-3.
+        feature: what the network sees, one of `FEATURES`; "auto": its own, which is the log-mel, or waveforms.
         about: one line: what it is, from which paper's section, and what the paper reaches.
         steps: of training; 0 where `epochs` says how long.
         epochs: passes over the clips to train on, made into steps once their number is known; 0: `steps` says.
@@ -76,6 +83,7 @@ class Recipe:
 
     name: str
     model: str
+    feature: str = "auto"
     about: str = ""
     steps: int = 0
     epochs: float = 0.0
@@ -109,8 +117,13 @@ class Recipe:
             object.__setattr__(self, "noise_snr_db", None)
         _check_types(self)
         choices = {
-            "mixup": MIXUPS, "schedule": SCHEDULES, "loss": LOSSES, "sampling": SAMPLINGS, "precision": PRECISIONS
-        }  # fmt: skip
+            "feature": FEATURE_CHOICES,
+            "mixup": MIXUPS,
+            "schedule": SCHEDULES,
+            "loss": LOSSES,
+            "sampling": SAMPLINGS,
+            "precision": PRECISIONS,
+        }
         for name, choice in choices.items():
             if getattr(self, name) not in choice:
                 raise ConfigError(f"{flag(name)} {getattr(self, name)!r}: allowed are {', '.join(choice)}")
@@ -271,7 +284,7 @@ def describe(recipe: Recipe) -> str:
     """What a recipe does, in one line."""
     noise = "" if recipe.noise_snr_db is None else f"noise from {recipe.noise_snr_db:g} dB"
     parts = [
-        recipe.model,
+        recipe.model + (f" on {recipe.feature}" if recipe.feature != "auto" else ""),
         f"{recipe.steps} steps" if not recipe.epochs else f"{recipe.epochs:g} epochs",
         f"{recipe.batch_size} clips a step" + (f" in {recipe.accumulate} parts" * (recipe.accumulate > 1)),
         recipe.sampling,
