@@ -431,6 +431,24 @@ def test_whatever_byte_is_changed_nothing_wrong_is_served(entry, shards):
     assert refused > 0
 
 
+def test_entries_that_changed_their_names_are_refused_and_named(entry, shards):
+    """Whoever asks for one of two would else be served the other."""
+    store = FeatureStore(entry.folder.parent)
+    wide = create_feature("logmel", sample_rate=shards.sample_rate, n_mels=64)
+    other = make_features(shards, store.folder, wide).entry
+    aside = entry.folder.with_name("aside")
+    for before, after in ((entry.folder, aside), (other.folder, entry.folder), (aside, other.folder)):
+        before.rename(after)
+    for id, holds in ((entry.id, other.id), (other.id, entry.id)):
+        with pytest.raises(TableError, match=f"{id}: was renamed, for it holds {holds}"):
+            store.entry(id)
+        assert verify(store.folder / id).problems
+    with pytest.raises(TableError, match="was renamed"):
+        store.get(shards.keys_of(np.array([0])), "logmel")
+    assert make_features(shards, store.folder, LOGMEL, "float16").files == len(entry.info["shards"])
+    assert store.entry(entry.id).spec == entry.spec
+
+
 @pytest.mark.parametrize("place", [0.3, 0.7, 0.999])
 def test_a_byte_that_flipped_is_found_by_verify_and_mended_by_build_with_hashes(entry, shards, place):
     before = files_of(entry.folder)
@@ -614,7 +632,7 @@ def tampered(entry: Entry, change: Callable[[dict[str, Any]], None]) -> Verdict:
         (lambda info: info["statistics"]["mean"].__setitem__(3, 1.0), "its statistics are not those"),
         (lambda info: info["shards"][0].update(written=4), "its record and entry.json disagree"),
         (lambda info: info.update(root_sha256="0" * 64), "root_sha256 is not that of its files"),
-        (lambda info: info["lineage"].update(root_sha256="0" * 64), "is that of other shards"),
+        (lambda info: info["lineage"].update(root_sha256="0" * 64), "was renamed, for it holds logmel-"),
         (lambda info: info["files"].update({"failures.jsonl": "0" * 64}), "failures.jsonl: was changed"),
     ],
 )

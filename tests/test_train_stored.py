@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,30 @@ def test_online_and_stored_are_one_feature(store, easy, tmp_path):
     }  # fmt: skip
 
 
+def test_of_two_entries_of_a_feature_the_one_that_the_network_has_seen_is_chosen(
+    straight, store, easy, tmp_path, capsys
+):
+    copy = tmp_path / "features"
+    shutil.copytree(store, copy)
+    other = create_feature("chroma", sample_rate=16000, n_chroma=24)
+    made = make_features(Shards.open(easy), copy, other, "float32").entry
+    evaluate = [str(straight), "--device", "cpu", "--json", "--features"]
+    assert evaluate_command.main([*evaluate, str(copy)], standalone_mode=False) == 0
+    assert json.loads(capsys.readouterr().out)["clips"] > 0
+    with pytest.raises(FeatureError, match="not what the network was trained on: n_chroma 24 and not 12"):
+        evaluate_command.main([*evaluate, str(made.folder)], standalone_mode=False)
+    with pytest.raises(FeatureError, match=r"not what the network was trained on: logmel and not chroma"):
+        evaluate_command.main(
+            [*evaluate, str(FeatureStore(store).entry("logmel").folder)], standalone_mode=False
+        )
+    train = ["--feature", "chroma", *flags(tmp_path / "x"), "--features"]
+    with pytest.raises(
+        FeatureError, match=r"has 2 entries of chroma; name one of them: .* as --features STORE/ENTRY"
+    ):
+        train_command.main([*train, str(copy)], standalone_mode=False)
+    assert train_command.main([*train, str(made.folder)], standalone_mode=False) == 0
+
+
 # What cannot be
 
 
@@ -219,7 +244,7 @@ def test_online_and_stored_are_one_feature(store, easy, tmp_path):
     [
         (
             {"mixup": "between-class"},
-            "--mixup between-class: needs waveforms, .*--mixup none, or standard-features",
+            "--mixup between-class: needs waveforms, .*--mixup none .or standard-features.,",
         ),
         ({"mixup": "between-class-logmel"}, "--mixup between-class-logmel: needs waveforms"),
         ({"mixup": "standard"}, "--mixup standard: needs waveforms"),
@@ -277,8 +302,6 @@ def test_one_of_two_clip_sources_must_be_given(tmp_path):
 
 
 def test_a_damaged_feature_is_replaced_and_told_like_damaged_sound(store, tmp_path):
-    import shutil
-
     copy = tmp_path / "features"
     shutil.copytree(store, copy)
     entry = FeatureStore(copy).entry("logmel")

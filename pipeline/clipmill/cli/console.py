@@ -253,8 +253,11 @@ def open_clips(
     cache: Path | None,
     read_timeout: float,
     tell: Callable[[str], None] = say,
+    seen: dict[str, Any] | None = None,
 ) -> Shards:
     """The clips that `clips_options` speak of: sound, or of a store the feature that is named ("auto": the only one).
+
+    `seen` is the feature that a network was trained on, as its config.json has it.
 
     Raises:
         ConfigError: neither flag is given.
@@ -274,9 +277,10 @@ def open_clips(
         return shards
     if (features / ENTRY_FILE).is_file():
         entry = Entry.open(features)
-        entry.check(shards=shards)
+        entry.check(shards=shards, seen=seen)
     else:
-        entry = FeatureStore(features).entry(None if feature in (None, "auto") else feature, shards=shards)
+        named = None if feature in (None, "auto") else feature
+        entry = FeatureStore(features).entry(named, shards=shards, seen=seen)
     return entry.clips
 
 

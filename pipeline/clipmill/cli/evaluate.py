@@ -54,6 +54,7 @@ def command(
       pipeline evaluate runs/x --shards SHARDS --where "clipped == 0"
       pipeline evaluate runs/x --features STORE
     """  # fmt: skip
+    from clipmill.errors import ConfigError
     from clipmill.loader import Feed
     from clipmill.train.device import default_workers, pick_device
     from clipmill.train.evaluate import choose_clips, evaluate_run
@@ -61,7 +62,9 @@ def command(
 
     place = pick_device(device)
     trained = read_tagger(run, place, weights)
-    shards = console.open_clips(where, features, trained.feature, cache, read_timeout)
+    if features is not None and trained.seen is None:
+        raise ConfigError(f"--features {features}: {run} hears waveforms; give --shards SHARDS")
+    shards = console.open_clips(where, features, trained.feature, cache, read_timeout, seen=trained.seen)
     console.say_of(shards)
     clips = len(choose_clips(trained, shards, fold, split, keep)[0])
     with console.progress("scoring", clips, "clips") as update:

@@ -125,6 +125,9 @@ def command(
         if folds := [run for run in runs if (run / CROSSVAL).is_file()]:
             raise ConfigError(f"--out: writes a model of single runs, and {folds[0]} is a cross-validation")
         check_unused(out)
+        out.mkdir(parents=True, exist_ok=True)
+    if table is not None:  # what cannot be written must not be found out after all that scoring
+        table.parent.mkdir(parents=True, exist_ok=True)
     ways = Ways(tuple(dict.fromkeys(methods)) or METHODS, weights, fit_fold, every)
     place = pick_device(device)
     shards = Shards.open(where, cache=cache, settings={"timeout_s": read_timeout}, say=console.say)

@@ -142,7 +142,10 @@ def _feature(
 def _check_taken(network: Tagger, feature: Feature) -> None:
     """Raise FeatureError where the network does not take the feature."""
     if network.input == "waveform":
-        raise FeatureError(f"{network.name} takes waveforms, not a feature such as {feature.NAME}")
+        raise FeatureError(
+            f"{network.name} takes waveforms, not a feature such as {feature.NAME}: give it sound, "
+            "by --shards and without --feature"
+        )
     if network.features:
         told = ", ".join(f"{name} {value}" for name, value in network.features.items())
         raise FeatureError(f"{network.name} takes its own log-mel ({told}), not {feature.NAME}")

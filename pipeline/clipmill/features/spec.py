@@ -137,6 +137,18 @@ class FeatureSpec:
             )
         return feature
 
+    def unlike(self, seen: Mapping[str, Any]) -> str:
+        """In words, how it differs from the feature that a network has seen, as `FrontEnd.config` says it; or empty."""
+        if self.feature != seen["name"]:
+            return f"{self.feature} and not {seen['name']}"
+        had = {"version": self.version, **self.settings}
+        wanted = {"version": seen["version"], **seen["settings"]}
+        return ", ".join(
+            f"{name} {had.get(name, 'none')} and not {wanted.get(name, 'none')}"
+            for name in sorted({*had, *wanted})
+            if had.get(name) != wanted.get(name)
+        )
+
     def difference(self, stored: FeatureSpec) -> str:
         """In words, in which fields a store's spec differs from this one; empty where in none."""
         asked, had = dict(_flat(asdict(self))), dict(_flat(asdict(stored)))

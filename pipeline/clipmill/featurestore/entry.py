@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,12 @@ FILES = (TABLE_FILE, INDEX_FILE, DATASET_FILE, FAILURES_FILE)
 
 _NEEDED = ("spec", "lineage", "about", "finished", "bins", "silence")
 _NEEDED_AT_THE_END = ("as_of", "computed", "counts", "statistics", "files", "shards", "root_sha256")
+
+
+def entry_id(spec: FeatureSpec, dataset: str, root_sha256: str) -> str:
+    """The name of an entry's folder: feature, dataset, and a hash of the spec and of the shards' root hash."""
+    key = hashlib.sha256(f"{spec.sha256}\n{root_sha256}\n".encode()).hexdigest()[:KEY_DIGITS]
+    return f"{spec.feature}-{dataset}-{key}"
 
 
 @dataclass(frozen=True)
@@ -57,18 +65,24 @@ class Entry:
         """Read entry.json.
 
         Raises:
-            TableError: it is missing or damaged.
+            TableError: it is missing or damaged, or the folder has the name of another entry.
         """
+        if not (folder / ENTRY_FILE).is_file():
+            raise TableError(f"{folder}: is no entry of a feature store, for it has no {ENTRY_FILE}")
         info = read_sealed(folder / ENTRY_FILE, *_NEEDED)
         lacking = [name for name in _NEEDED_AT_THE_END if info["finished"] and name not in info]
         if lacking:
             raise TableError(f"{folder / ENTRY_FILE}: is damaged: it lacks {', '.join(lacking)}")
-        return cls(folder, info)
+        entry, lineage = cls(folder, info), info["lineage"]
+        own = entry_id(entry.spec, lineage["dataset"], lineage["root_sha256"])
+        if folder.resolve().name != own:
+            raise TableError(f"{folder}: was renamed, for it holds {own}; give it that name again")
+        return entry
 
     @property
     def id(self) -> str:
-        """The name of its folder: feature, dataset, and a hash of the spec and of the shards' hash."""
-        return self.folder.name
+        """The name of its folder; see `entry_id`."""
+        return self.folder.resolve().name
 
     @property
     def spec(self) -> FeatureSpec:
@@ -136,19 +150,28 @@ class Entry:
         words = ["pipeline", "features", "build", place, "--feature", spec.feature]
         for name, value in self._chosen().items():
             words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
-        words += ["--dtype", spec.dtype, "--store", str(self.folder.parent)]
+        words += ["--dtype", spec.dtype, "--store", str(self.folder.resolve().parent)]
         return shlex.join(words)
 
-    def check(self, spec: FeatureSpec | None = None, shards: Shards | None = None) -> None:
+    def check(
+        self,
+        spec: FeatureSpec | None = None,
+        shards: Shards | None = None,
+        seen: Mapping[str, Any] | None = None,
+    ) -> None:
         """Refuse what is not of this spec, or of other shards than these; a None is not looked at.
 
+        `seen` is the feature that a network was trained on, as `FrontEnd.config` says it.
+
         Raises:
-            FeatureError: another spec; names the fields that differ, with both values.
+            FeatureError: another spec, or not what was seen; names the fields that differ, with both values.
             ShardError: it is not finished, or other shards; says how to compute the feature of theirs.
         """
         self.check_finished()
         if spec is not None and (other := spec.difference(self.spec)):
             raise FeatureError(f"{self.folder}: does not hold the feature asked for: {other}")
+        if seen is not None and (other := self.spec.unlike(seen)):
+            raise FeatureError(f"{self.folder}: is not what the network was trained on: {other}")
         root = self.info["lineage"]["root_sha256"]
         if shards is not None and shards.root_sha256 != root:
             raise ShardError(

@@ -93,7 +93,7 @@ class FeatureFile:
             self._file.close()
             return places
         finally:
-            self._disk.close()
+            self._disk.close_after(self._file)
 
 
 def chunk_places(dataset: h5py.Dataset) -> list[int]:

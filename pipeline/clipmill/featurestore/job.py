@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from collections import Counter
@@ -20,10 +19,10 @@ import torch
 from clipmill import tables
 from clipmill.errors import FeatureError, RunError, ShardError, TableError
 from clipmill.features import FRAMES_PER_S, Feature
-from clipmill.features.spec import KEY_DIGITS, FeatureSpec
+from clipmill.features.spec import FeatureSpec
 from clipmill.featurestore.build import TOO_LARGE, Unit, build, finished, moments_of, read_record
 from clipmill.featurestore.compute import Moments, exactly, silence_of
-from clipmill.featurestore.entry import FILES, Entry
+from clipmill.featurestore.entry import FILES, Entry, entry_id
 from clipmill.featurestore.files import ENTRY_FILE, TABLE, TABLE_FILE, digest_of, write_sealed
 from clipmill.run import Engine, Local, Lost, run_rounds
 from clipmill.shards.account import DATASET_FILE, FAILURES_FILE, INDEX_FILE, read_dataset, root_sha256
@@ -57,7 +56,7 @@ class Made:
 
 def entry_folder(store: Path, spec: FeatureSpec, shards: Shards) -> Path:
     """Where the entry of a spec and of these shards stands in a store."""
-    return store.resolve() / f"{spec.feature}-{shards.name}-{_key(spec, shards.root_sha256)}"
+    return store.resolve() / entry_id(spec, shards.name, shards.root_sha256)
 
 
 def make_features(
@@ -105,19 +104,17 @@ def make_features(
             lost = before.info["counts"]["failed"]
             if not lost or not any(map(_can_more, units_of(shards, folder, spec, device, workers))):
                 return Made(before, before.info["counts"], 0)
+        # Ours, or left by a run that was killed: nobody else writes here while the folder is held.
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
         entry = _begun(shards, folder, spec, feature, silence)
         units = units_of(shards, folder, spec, device, workers)
         there = {unit.name: counts for unit in units if (counts := _kept(unit, check))}
         left = [unit for unit in units if unit.name not in there]
         stopped, files = _build(left, list(there.values()), engine or Local(), update)
-        # Ours, or left by a run that was killed: nobody else writes here while the folder is held.
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
         return _put_together(entry, units, files, stopped)
-
-
-def _key(spec: FeatureSpec, root: str) -> str:
-    return hashlib.sha256(f"{spec.sha256}\n{root}\n".encode()).hexdigest()[:KEY_DIGITS]
 
 
 def _check(shards: Shards, feature: Feature) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -90,9 +91,13 @@ class FeatureStore:
             return f"the `pipeline features build` that made {self.folder / id}, with --check-hashes"
 
     def entry(
-        self, name: str | None = None, spec: FeatureSpec | None = None, shards: Shards | None = None
+        self,
+        name: str | None = None,
+        spec: FeatureSpec | None = None,
+        shards: Shards | None = None,
+        seen: Mapping[str, Any] | None = None,
     ) -> Entry:
-        """The finished entry of a feature, or of that id, or the only one; of this spec and shards, where given.
+        """The finished entry of a feature, or of that id, or the only one; and that passes `Entry.check`.
 
         Raises:
             FeatureError: there is none; the spec of the only one differs, and in what; or several fit.
@@ -100,24 +105,29 @@ class FeatureStore:
             TableError: its entry.json is damaged.
         """
         ids = self.named(name)
-        tried = [self._try(id, spec, shards) for id in ids]
+        tried = [self._try(id, spec, shards, seen) for id in ids]
         fitting = [one for one in tried if isinstance(one, Entry)]
         problems = [one for one in tried if not isinstance(one, Entry)]
         if len(fitting) > 1:
             of = f" of {name}" if name else ""
             told = ", ".join(f"{entry.id} ({entry.words})" for entry in fitting)
-            raise FeatureError(f"{self.folder}: has {len(fitting)} entries{of}; name one of them: {told}")
+            raise FeatureError(
+                f"{self.folder}: has {len(fitting)} entries{of}; name one of them: {told}; train and evaluate "
+                "take it as --features STORE/ENTRY"
+            )
         if fitting:
             return fitting[0]
         if len(problems) > 1:
             raise type(problems[0])("; ".join(map(str, problems)))
         raise problems[0]
 
-    def _try(self, id: str, spec: FeatureSpec | None, shards: Shards | None) -> Entry | ClipmillError:
+    def _try(
+        self, id: str, spec: FeatureSpec | None, shards: Shards | None, seen: Mapping[str, Any] | None
+    ) -> Entry | ClipmillError:
         """The entry, or why it is not the one."""
         try:
             entry = self.open(id)
-            entry.check(spec, shards)
+            entry.check(spec, shards, seen)
         except ClipmillError as error:
             return error
         return entry
@@ -141,8 +151,9 @@ class FeatureStore:
         rows = pc.index_in(pa.array(keys, pa.string()), clips.columns["key"].combine_chunks())
         if rows.null_count:
             unknown = [key for key, row in zip(keys, rows.to_pylist(), strict=True) if row is None]
+            few = ", ".join(clips.keys_of(np.arange(min(3, len(clips)))))
             raise ShardError(
-                f"{clips.place}: has no clip {', '.join(unknown[:3])}; it has {len(clips)} others"
+                f"{clips.place}: has no clip {', '.join(unknown[:3])}; it has {len(clips)} others, such as {few}"
             )
         found = []
         for row in rows.to_pylist():

@@ -10,13 +10,16 @@ import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clipmill.audio import SUFFIXES, encode
 from clipmill.shards.hdf5 import Place, places
+
+if TYPE_CHECKING:
+    import h5py
 
 
 class ShardWriter(Protocol):
@@ -132,7 +135,7 @@ class Hdf5Shard:
             self._finish()
             return list(self._disk.places())
         finally:
-            self._disk.close()
+            self._disk.close_after(self._file)
 
     def _finish(self) -> None:
         import h5py
@@ -195,10 +198,16 @@ class Disk:
         assert found is not None, "plain lists in one file always have places"
         return found
 
-    def close(self) -> None:
-        """Close the file, and raise the first error."""
-        self._try(self._file.close)
-        self.check()
+    def close_after(self, writer: h5py.File) -> None:
+        """Close HDF5's file, if it still is open, and this one; raise the first error.
+
+        HDF5 closes what was left open when the process ends, and crashes where there is no file under it any more.
+        """
+        try:
+            writer.close()
+        finally:
+            self._try(self._file.close)
+            self.check()
 
 
 WRITERS: dict[str, type[TarShard] | type[Hdf5Shard]] = {"webdataset": TarShard, "hdf5": Hdf5Shard}

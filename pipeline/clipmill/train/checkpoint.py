@@ -65,8 +65,12 @@ class Described:
     @property
     def feature(self) -> str | None:
         """The name of the feature that the network sees; None where it takes waveforms, or is fused of several."""
-        seen = (self.config.get("features") or {}).get("feature")
-        return None if seen is None else str(seen["name"])
+        return None if self.seen is None else str(self.seen["name"])
+
+    @property
+    def seen(self) -> dict[str, Any] | None:
+        """The same with its version and settings, as `FrontEnd.config` says it."""
+        return (self.config.get("features") or {}).get("feature")
 
     @property
     def loss(self) -> str:

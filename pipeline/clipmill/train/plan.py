@@ -229,15 +229,12 @@ def _feature(shards: Shards, recipe: Recipe) -> tuple[Feature | None, int]:
     }
     if impossible := [flag for flag, wanted in asked.items() if wanted]:
         mends = (
-            "--mixup none, or standard-features",
-            "--pitch-semitones 0",
-            "--stretch 0",
-            "--noise-snr-db inf",
-        )
-        mend = ", ".join(mends[place] for place, wanted in enumerate(asked.values()) if wanted)
+            "--mixup none (or standard-features)", "--pitch-semitones 0", "--stretch 0", "--noise-snr-db inf"
+        )  # fmt: skip
+        mend = " and ".join(mends[place] for place, wanted in enumerate(asked.values()) if wanted)
         raise ConfigError(
-            f"{', '.join(impossible)}: needs waveforms, and a feature store holds none ({shards.place}). Allowed is "
-            f"{mend}; or train from --shards alone, with --feature {feature.NAME}"
+            f"{', '.join(impossible)}: needs waveforms, and a feature store holds none ({shards.place}); give "
+            f"{mend}, or train from sound: --shards SHARDS --feature {feature.NAME} without --features"
         )
     return feature, int(feature.config["sample_rate"])
 

@@ -20,21 +20,13 @@ def front_end_of(shards: Shards, features: dict[str, Any]) -> FrontEnd | StoredF
     """
     if not isinstance(shards, StoredClips):
         return FrontEnd(**features)
-    wanted, had = features["feature"], shards.spec
-    if wanted is None:
+    if features["feature"] is None:
         raise TrainError(
-            f"{shards.place}: holds {had.feature}, and the network takes waveforms; give --shards"
+            f"{shards.place}: holds {shards.spec.feature}, and the network takes waveforms; give --shards SHARDS"
         )
-    ours = {"name": had.feature, "version": had.version, **had.settings}
-    theirs = {"name": wanted["name"], "version": wanted["version"], **wanted["settings"]}
-    differing = [
-        f"{name} {ours.get(name)} and not {theirs.get(name)}"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
-    ]
-    if differing:
+    if other := shards.spec.unlike(features["feature"]):
         raise TrainError(
-            f"{shards.place}: is not what the network was trained on: {', '.join(differing)}; choose another entry "
-            "with --feature, or give --shards"
+            f"{shards.place}: is not what the network was trained on: {other}; --features STORE/ENTRY names another "
+            "entry, --shards computes from sound"
         )
-    return StoredFrontEnd(had.create(), torch.from_numpy(shards.silence))
+    return StoredFrontEnd(shards.spec.create(), torch.from_numpy(shards.silence))
