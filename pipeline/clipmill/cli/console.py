@@ -189,6 +189,30 @@ def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def scored_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The --fold, --split and --where flags of what scores clips; the last one's argument is `keep`."""
+    for option in reversed((
+        click.option("--fold", type=int, default=None,
+                     help="Score this fold.  [default: the clips held out in training]"),
+        click.option("--split", default=None,
+                     help="Score this split: train, valid, eval, or all (clips without one)."),
+        click.option("--where", "keep", metavar="EXPRESSION",
+                     help="Score only clips that fulfil this.  [default: for the clips held out, as in training]"),
+    )):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def numbers(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[float, ...] | None:
+    """Numbers with commas between, for a flag's callback."""
+    try:
+        return None if value is None else tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: allowed are numbers with commas between, such as 3,1") from None
+
+
 def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """The --device flag."""
     return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")(

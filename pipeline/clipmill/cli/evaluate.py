@@ -13,18 +13,7 @@ from clipmill.cli import DONE, DONE_IN_PART, console
 @click.command("evaluate")
 @click.argument("run", type=click.Path(path_type=Path))
 @console.clips_options
-@click.option(
-    "--fold", type=int, default=None, help="Score this fold.  [default: the clips that the run held out]"
-)
-@click.option(
-    "--split", default=None, help="Score this split: train, valid, eval, or all (clips without one)."
-)
-@click.option(
-    "--where",
-    "keep",
-    metavar="EXPRESSION",
-    help="Score only clips that fulfil this.  [default: for the clips held out, what the run was given]",
-)
+@console.scored_options
 @console.weights_option
 @console.device_option
 @console.reading_options

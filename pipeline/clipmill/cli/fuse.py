@@ -22,15 +22,6 @@ SHOWN = ("accuracy", "map", "f1")
 """The figures of the tables; --json and --csv have all."""
 
 
-def _weights(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> tuple[float, ...] | None:
-    try:
-        return None if value is None else tuple(float(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r}: allowed are numbers with commas between, such as 3,1") from None
-
-
 @click.command("fuse")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 @console.shards_option
@@ -41,22 +32,11 @@ def _weights(
     multiple=True,
     help="Weighted average, Dempster-Shafer, or its forms by Murphy and Deng; may be given again.  [default: all]",
 )
-@click.option(
-    "--fold", type=int, default=None, help="Score this fold.  [default: the clips that the runs held out]"
-)
-@click.option(
-    "--split", default=None, help="Score this split: train, valid, eval, or all (clips without one)."
-)
-@click.option(
-    "--where",
-    "keep",
-    metavar="EXPRESSION",
-    help="Score only clips that fulfil this.  [default: for the clips held out, what the runs were given]",
-)
+@console.scored_options
 @click.option(
     "--weights",
     metavar="W,W,...",
-    callback=_weights,
+    callback=console.numbers,
     help="Share of each RUN in the weighted average, such as 3,1.  [default: all alike]",
 )
 @click.option(

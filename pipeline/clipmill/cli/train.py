@@ -30,15 +30,6 @@ FEATURES = ("logmel", "mfcc", "gfcc", "chroma", "cqt", "tempogram")
 MIXUPS = ("none", "standard", "between-class", "between-class-logmel", "standard-features")
 
 
-def _weights(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> tuple[float, ...] | None:
-    try:
-        return None if value is None else tuple(float(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r}: allowed are numbers with commas between, such as 3,1") from None
-
-
 def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """One flag for each field of a recipe, by its name; None leaves the recipe's own value."""
     options = [
@@ -156,7 +147,7 @@ def _slurm_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--set-weights",
     metavar="W,W,...",
-    callback=_weights,
+    callback=console.numbers,
     help="Share of the clips from each --shards, such as 3,1.  [default: all clips as one set]",
 )
 @console.access_option
