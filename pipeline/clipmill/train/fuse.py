@@ -106,7 +106,7 @@ class Comparison:
     """What came of it.
 
     Attributes:
-        runs: those that were fused; of cross-validations the first fold's.
+        runs: those that were fused; of cross-validations their folders, with the config of the first fold's.
         rows: each run alone, then the combinations, the smallest first.
         accounts: `Scores.account`; of cross-validations one for each fold, with its `part`.
         unread: the clips that were left out.
@@ -185,7 +185,11 @@ def fuse_runs(
     bads = [bad for sets in scores for one in sets for bad in one.unread]
     if single is None:
         accounts = [{"part": part, **sets[0].account} for part, sets in zip(parts, scores, strict=True)]
-        return Comparison(next(iter(parts.values())), _means(tables), accounts, bads)
+        named = [
+            replace(run, folder=folder)
+            for folder, run in zip(folders, next(iter(parts.values())), strict=True)
+        ]
+        return Comparison(named, _means(tables), accounts, bads)
     judged, *fit = scores[0]
     fitted = fit[0].account if fit else None
     return Comparison(single, tables[0], [judged.account], bads, fitted, _held_out(single, shards))
