@@ -470,7 +470,12 @@ def _tell_verdict(store: FeatureStore, verdict: Verdict) -> None:
     )
     for note in verdict.notes:
         console.say(f"note: {note}")
-    if verdict.problems:
+    if verdict.parity is not None and verdict.parity.problems:
+        # Its files are as they were written, so no build would touch them.
+        console.say(
+            f"to mend: pipeline features drop {verdict.entry} --store {store.folder.resolve()}, and build it anew"
+        )
+    elif verdict.problems:
         console.say(f"to mend: {store.mend(verdict.entry)}")
 
 
