@@ -195,7 +195,7 @@ def test_no_filter_is_empty_at_any_rate(rate: int) -> None:
         ({"f_min": 15000.0}, "allowed is 0 up to f_max, which is 14000.0 Hz"),
         ({"n_mels": 0}, "must be above 0"),
         ({"mel_scale": "bark"}, "allowed are 'slaney' or 'htk'"),
-        ({"n_mel": 64}, "LogMel has no setting n_mel: allowed are sample_rate, n_fft"),
+        ({"n_mel": 64}, "logmel has no setting n_mel: allowed are sample_rate, n_fft"),
         ({"f_max": math.nan}, "f_max is nan: allowed is a finite number"),
     ],
 )

@@ -454,7 +454,7 @@ def test_wavegram_erann_is_a_wavegram_before_an_erann_of_128_bins() -> None:
     with torch.no_grad():
         assert torch.equal(network(wave), network.erann(network.wavegram(wave)))
     assert network.erann.in_bins == 128
-    assert network.input_shape(10) == (320_000,)
+    assert network.input_shape(10) == (409_600,)
     erann = Erann.from_name("erann-8x4-1", CLASSES, 128)
     assert count_parameters(network) == count_parameters(erann) + count_parameters(Wavegram())
 

@@ -38,7 +38,7 @@ def open_set(
     """One set, and which rows of its index are of the shards asked for; see `Shards.open`."""
     folder, names = _resolve(where)
     store = open_store(folder, cache=cache, settings=settings)
-    if store.exists(ENTRY_FILE):
+    if store.near and store.exists(ENTRY_FILE):  # feature stores are never far; a far one costs a request
         raise ShardError(
             f"{folder}: holds stored features, and this needs sound: `pipeline features show` says of which shards"
         )
