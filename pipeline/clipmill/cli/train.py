@@ -233,7 +233,7 @@ def command(
       pipeline train --shards s3://bucket/audioset --cache /scratch/cache --workers 8
       pipeline train --shards A --shards B --set-weights 3,1 --fold 1
       pipeline train --shards SHARDS --feature cqt --fold 1
-      pipeline train --features STORE --feature cqt --fold 1
+      pipeline train --features STORE --feature cqt --mixup standard-features --fold 1
       pipeline train --shards SHARDS --folds all --engine slurm --partition gpu --gpus 4 --time 12:00:00
       torchrun --nproc-per-node 8 --max-restarts 3 -m clipmill train --shards SHARDS --out runs/x
     """  # fmt: skip
