@@ -168,9 +168,12 @@ class Cqt(Feature):
         """See `Feature`: dB."""
         seconds = Framing(self.settings.sample_rate).seconds(wave.shape[1])
         samples, step, before = self.size * self.hop, FRAMES_PER_S * self.hop, self.before * self.hop
-        wave = functional.pad(wave, (before, (seconds - 1) * step + samples - before - wave.shape[1]))
-        stretches = wave.unfold(1, samples, step)
-        return in_parts(stretches, 2 * samples, self._notes, multiple=1)
+        behind = (seconds - 1) * step + samples - before - wave.shape[1]
+
+        def stretches(wave: Tensor) -> Tensor:
+            return functional.pad(wave, (before, behind)).unfold(1, samples, step)
+
+        return in_parts(wave, stretches, seconds, samples, self._notes, multiple=1)
 
     def _notes(self, stretches: Tensor) -> Tensor:
         """`[rows, seconds, size * hop] -> [rows, bins, 128 * seconds]`."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchaudio.transforms import MelSpectrogram
+from torchaudio.functional import melscale_fbanks
 
 from clipmill.errors import FeatureError
 from clipmill.features.feature import FRAMES_PER_S, Feature, Framing
@@ -102,32 +102,25 @@ class LogMel(Feature):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        s = self.settings
+        assert s.n_fft is not None
+        assert s.win_length is not None
+        assert s.hop is not None
         with warnings.catch_warnings():
             # torchaudio warns of empty filters; here they are an error. The filters are its, the transform is not:
             # that takes three times as long.
             warnings.filterwarnings("ignore", message="At least one mel filterbank")
-            self.mel = MelSpectrogram(
-                sample_rate=self.settings.sample_rate,
-                n_fft=self.settings.n_fft,
-                win_length=self.settings.win_length,
-                hop_length=self.settings.hop,
-                f_min=self.settings.f_min,
-                f_max=self.settings.f_max,
-                n_mels=self.settings.n_mels,
-                power=2.0,
-                norm=self.settings.mel_norm,
-                mel_scale=self.settings.mel_scale,
-            )
-        empty = int((self.mel.mel_scale.fb.amax(0) == 0).sum())
-        if empty:
+            mel = melscale_fbanks(
+                s.n_fft // 2 + 1, s.f_min, s.f_max, s.n_mels, s.sample_rate,
+                norm=s.mel_norm, mel_scale=s.mel_scale,
+            )  # fmt: skip
+        if empty := int((mel.amax(0) == 0).sum()):
             raise FeatureError(
-                f"{empty} of {self.settings.n_mels} mel filters catch no bin of n_fft {self.settings.n_fft} "
-                f"at {self.settings.sample_rate} Hz: allowed is a larger n_fft, fewer n_mels or a higher rate"
+                f"{empty} of {s.n_mels} mel filters catch no bin of n_fft {s.n_fft} "
+                f"at {s.sample_rate} Hz: allowed is a larger n_fft, fewer n_mels or a higher rate"
             )
-        self.filters = Filters(self.mel.mel_scale.fb)
-        self.spectrum = PowerSpectrum(
-            self.mel.n_fft, self.mel.win_length, self.mel.hop_length, self.filters.first, self.filters.last
-        )
+        self.filters = Filters(mel)
+        self.spectrum = PowerSpectrum(s.n_fft, s.win_length, s.hop, self.filters.first, self.filters.last)
 
     @property
     def bins(self) -> int:

@@ -16,7 +16,7 @@ from clipmill_models.base import without_autocast
 ROWS = 32
 """Rows of one product of matrices: larger ones are shared out among threads along the sum, which rounds otherwise."""
 
-AT_ONCE, AT_ONCE_ON_CPU = 2**27, 2**21
+AT_ONCE, AT_ONCE_ON_CPU = 2**27, 2**20
 """Numbers in a part of a batch; on a CPU, for each thread. There larger parts leave the cache, and need memory that the
 system has to clear each time: whole batches take twice the time."""
 
@@ -57,15 +57,20 @@ class PowerSpectrum(nn.Module):
         before = self.n_fft // 2 - (self.n_fft - self.win_length) // 2
         after = max(0, (frames - 1) * self.hop - before + self.win_length - samples)
         whole = -(-frames // ROWS) * ROWS
-        length = max(before + samples + after, (whole - 1) * self.hop + self.win_length)
-        # In one go: torch's own padding by zeros and by mirrors takes five times as long.
-        mirrored = wave.new_zeros(len(wave), length)
-        end = before + samples
-        mirrored[:, before : before + wave.shape[1]] = wave
-        mirrored[:, :before] = mirrored[:, before + 1 : 2 * before + 1].flip(1)
-        mirrored[:, end : end + after] = mirrored[:, end - 1 - after : end - 1].flip(1)
-        windows = mirrored.unfold(1, self.win_length, self.hop)[:, :whole]
-        values = in_parts(windows, self.n_fft, lambda some: reduce(self._power(some)).transpose(1, 2))
+        end, length = before + samples, (whole - 1) * self.hop + self.win_length
+
+        def windows(wave: Tensor) -> Tensor:
+            # In one go: torch's own padding by zeros and by mirrors takes five times as long.
+            mirrored = wave.new_empty(len(wave), max(end + after, length))
+            mirrored[:, before : before + wave.shape[1]] = wave
+            mirrored[:, before + wave.shape[1] :] = 0
+            mirrored[:, :before] = mirrored[:, before + 1 : 2 * before + 1].flip(1)
+            mirrored[:, end : end + after] = mirrored[:, end - 1 - after : end - 1].flip(1)
+            return mirrored.unfold(1, self.win_length, self.hop)[:, :whole]
+
+        values = in_parts(
+            wave, windows, whole, self.n_fft, lambda some: reduce(self._power(some)).transpose(1, 2)
+        )
         return values[..., :frames].contiguous()
 
     def _power(self, windows: Tensor) -> Tensor:
@@ -87,26 +92,35 @@ def whole_seconds(framing: Framing, samples: int) -> int:
 
 
 def in_parts(
-    windows: Tensor, size: int, function: Callable[[Tensor], Tensor], multiple: int = ROWS
+    waves: Tensor,
+    windows: Callable[[Tensor], Tensor],
+    count: int,
+    size: int,
+    function: Callable[[Tensor], Tensor],
+    multiple: int = ROWS,
 ) -> Tensor:
-    """`function`, `[rows, some, n] -> [rows, values, frames]`, of parts of `[B, windows, n]`: `[B, values, frames]`.
+    """A function of windows, computed in parts that suit the device: `[B, values, frames]`, as many from each window.
 
-    Parts are as large as suits the device, where one window makes `size` numbers, and hold multiples of `multiple`
-    windows, which `windows` do. Each window gives as many frames.
+    Args:
+        waves: `[B, any]`.
+        windows: `[rows, any] -> [rows, count, n]`, of some of the waves.
+        count: windows of each wave, a multiple of `multiple`.
+        size: numbers that one window makes.
+        function: `[rows, some, n] -> [rows, values, frames]`, of some windows of some of the waves.
+        multiple: the function is given multiples of so many windows.
     """
-    clips, count = windows.shape[:2]
-    on_cpu = windows.device.type == "cpu"
+    on_cpu = waves.device.type == "cpu"
     at_once = (AT_ONCE_ON_CPU * torch.get_num_threads() if on_cpu else AT_ONCE) // size
-    step = min(count, max(1, at_once // multiple) * multiple)
-    rows = max(1, at_once // count)
+    rows, step = max(1, at_once // count), min(count, max(1, at_once // multiple) * multiple)
     out = None
-    for row in range(0, clips, rows):
+    for row in range(0, len(waves), rows):
+        of_rows = windows(waves[row : row + rows])
         for first in range(0, count, step):
-            some = windows[row : row + rows, first : first + step]
+            some = of_rows[:, first : first + step]
             part = function(some)
             each = part.shape[2] // some.shape[1]
             if out is None:
-                out = part.new_empty(clips, part.shape[1], count * each)
+                out = part.new_empty(len(waves), part.shape[1], count * each)
             out[row : row + rows, :, first * each : (first + step) * each] = part
     assert out is not None
     return out

@@ -100,8 +100,12 @@ class Tempogram(Feature):
         """See `Feature`."""
         length = self.settings.window_frames
         onsets = onset_strength(self.logmel.extract(wave), self.settings.top_db, self.late)
-        windows = ramped(onsets, length).unfold(1, length, 1)[:, : onsets.shape[1]]
-        return in_parts(windows, 2 * length, self._autocorrelation)
+        frames = onsets.shape[1]
+
+        def windows(onsets: Tensor) -> Tensor:
+            return ramped(onsets, length).unfold(1, length, 1)[:, :frames]
+
+        return in_parts(onsets, windows, frames, 2 * length, self._autocorrelation)
 
     def _autocorrelation(self, windows: Tensor) -> Tensor:
         """`[rows, frames, window_frames] -> [rows, lags, frames]`, of each window as a share of its largest."""
