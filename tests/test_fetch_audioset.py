@@ -105,7 +105,7 @@ def test_each_misbehaviour_ends_in_its_reason_and_a_second_run_heals_what_can_he
     for name, (behaviour, _) in cases.items():
         if behaviour is not None:
             server.behave(f"{videos[name]}.webm", behaviour, times=1 if name == "busyonce" else None)
-    first = fetch(sorted(videos.values()), "--retries", "0", "--timeout", "4", "--jobs", "3")
+    first = fetch(sorted(videos.values()), "--retries", "0", "--timeout", "12", "--jobs", "3")
     root = tmp_path / "data"
     assert first.returncode == 3, first.stderr
     assert outcomes(root) == {videos[name]: reason for name, (_, reason) in cases.items()}
