@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clipmill.errors import FeatureError
 from clipmill.features.feature import Feature, Framing
-from clipmill.features.spectrum import PowerSpectrum, RealPowerSpectrum, product, whole_seconds
+from clipmill.features.spectrum import PowerSpectrum, RealPowerSpectrum, product
 
 A0_HZ = 27.5
 WINDOW_S = 2048 / 22050
@@ -84,7 +84,7 @@ class Chroma(Feature):
         """See `Feature`."""
 
         framing, samples = Framing(self.settings.sample_rate), wave.shape[1]
-        return self.spectrum(wave, whole_seconds(framing, samples), framing.frames(samples), self._shares)
+        return self.spectrum(wave, framing.reach(samples), framing.frames(samples), self._shares)
 
     def _shares(self, power: Tensor) -> Tensor:
         return _shares(product(power, self.filters))

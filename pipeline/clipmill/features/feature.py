@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +15,6 @@ from clipmill.errors import FeatureError
 
 FRAMES_PER_S = 128
 """ERANN's frames of every second of audio; a power of two, so that a network's strides divide it."""
-
-
-class Settings(Protocol):
-    """A frozen dataclass of numbers and names."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def sample_rate(self) -> int:
-        """Of the waveform, in Hz."""
-
-    def resolved(self: S) -> S:
-        """The same with nothing left None; raises `FeatureError` where they cannot be."""
-
-
-S = TypeVar("S", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -60,11 +44,13 @@ class Framing:
         """Frames that a waveform of `samples` gives."""
         return FRAMES_PER_S * self.seconds(samples)
 
+    def reach(self, samples: int) -> int:
+        """Samples of what `padded` makes of a waveform of `samples`."""
+        return max(self.seconds(samples) * self.sample_rate, (self.frames(samples) - 1) * self.hop)
+
     def padded(self, wave: Tensor) -> Tensor:
         """`[B, samples]` with zeros behind, to whole seconds and at least to the last frame's centre."""
-        samples = wave.shape[1]
-        wanted = max(self.seconds(samples) * self.sample_rate, (self.frames(samples) - 1) * self.hop)
-        return functional.pad(wave, (0, wanted - samples))
+        return functional.pad(wave, (0, self.reach(wave.shape[1]) - wave.shape[1]))
 
 
 class Feature(nn.Module):

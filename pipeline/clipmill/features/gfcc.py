@@ -12,7 +12,7 @@ from torchaudio.functional import create_dct
 
 from clipmill.errors import FeatureError
 from clipmill.features.feature import Feature, Framing
-from clipmill.features.spectrum import PowerSpectrum, RealPowerSpectrum, product, whole_seconds
+from clipmill.features.spectrum import PowerSpectrum, RealPowerSpectrum, product
 
 EAR_Q, MIN_BANDWIDTH_HZ = 9.26449, 24.7
 """A filter's equivalent rectangular bandwidth is `f / EAR_Q + MIN_BANDWIDTH_HZ` (Glasberg and Moore 1990)."""
@@ -106,7 +106,7 @@ class Gfcc(Feature):
     def extract(self, wave: Tensor) -> Tensor:
         """See `Feature`."""
         framing, samples = Framing(self.settings.sample_rate), wave.shape[1]
-        return self.spectrum(wave, whole_seconds(framing, samples), framing.frames(samples), self._cepstrum)
+        return self.spectrum(wave, framing.reach(samples), framing.frames(samples), self._cepstrum)
 
     def _cepstrum(self, power: Tensor) -> Tensor:
         return product(_cube_root(product(power, self.filters)), self.dct)

@@ -12,7 +12,7 @@ from torchaudio.functional import melscale_fbanks
 
 from clipmill.errors import FeatureError
 from clipmill.features.feature import FRAMES_PER_S, Feature, Framing
-from clipmill.features.spectrum import Filters, PowerSpectrum, whole_seconds
+from clipmill.features.spectrum import Filters, PowerSpectrum
 from clipmill_models.logmel import RealLogMel
 
 
@@ -145,7 +145,7 @@ class LogMel(Feature):
     def reach(self, samples: int) -> int:
         """Samples after zeros behind: to whole seconds where frames are, and else as far as it can be mirrored."""
         if self.frames_per_s is not None:
-            return whole_seconds(Framing(self.settings.sample_rate), samples)
+            return Framing(self.settings.sample_rate).reach(samples)
         return max(samples, self.spectrum.n_fft // 2 + 1 + self.spectrum.n_fft % 2)
 
     def decibels(self, power: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clipmill.features.feature import FRAMES_PER_S, Framing
+from clipmill.features.feature import FRAMES_PER_S
 from clipmill_models.base import without_autocast
 
 ROWS = 32
@@ -84,11 +84,6 @@ class PowerSpectrum(nn.Module):
 def hann(length: int) -> Tensor:
     """A periodic Hann window, float32 on the CPU."""
     return torch.hann_window(length, dtype=torch.float64, device="cpu").float()
-
-
-def whole_seconds(framing: Framing, samples: int) -> int:
-    """Samples of what `Framing.padded` makes of a waveform of `samples`."""
-    return max(framing.seconds(samples) * framing.sample_rate, (framing.frames(samples) - 1) * framing.hop)
 
 
 def in_parts(
