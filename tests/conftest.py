@@ -135,6 +135,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """No test leaves this process deaf to Ctrl-C: so would be all that later tests start, and interrupt."""
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def pipeline(
     *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
@@ -172,9 +180,10 @@ def here(
     def call(*arguments: object) -> subprocess.CompletedProcess:
         from clipmill.cli import main
 
-        heard = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        heard = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
         before = {number: signal.getsignal(number) for number in heard}
         monkeypatch.setattr(sys, "argv", ["pipeline", *map(str, arguments)])
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back with the rest
         capsys.readouterr()
         try:
             with pytest.raises(SystemExit) as ended:

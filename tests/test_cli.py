@@ -197,6 +197,32 @@ def test_an_interrupt_ends_with_130_and_the_next_run_goes_on(run, fetched, tmp_p
     assert run(*command[3:]).returncode == 3
 
 
+LOST = """
+import os, signal, time, weakref
+from clipmill import cli
+
+class Thing:
+    pass
+
+def command(**_):
+    thing = Thing()
+    gone = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    del thing
+    time.sleep(60)
+
+cli.cli.main = command
+cli.main()
+"""
+
+
+def test_an_interrupt_that_comes_while_an_object_is_cleared_away_is_not_lost():
+    """Python can only print what is raised there, and goes on."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOST], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted: run the same command again to go on\n")
+
+
 def test_sigterm_ends_a_job_like_an_interrupt_and_leaves_no_worker_behind(fetched, tmp_path):
     command = [sys.executable, "-m", "clipmill", "shard", "small", "--root", fetched, "--out", tmp_path / "s",
                "--clips-per-shard", "1", "--jobs", "2"]  # fmt: skip

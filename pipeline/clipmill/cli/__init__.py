@@ -45,6 +45,9 @@ COMMANDS = (
 
 DONE, FAILED, DONE_IN_PART, INTERRUPTED = 0, 1, 3, 130
 
+_AGAIN_S = 0.05
+"""Until an interrupt that was lost comes once more."""
+
 
 class LazyGroup(click.Group):
     """A group that imports a command's module only when the command is asked for."""
@@ -79,8 +82,9 @@ def cli() -> None:
 def main() -> None:
     """Run the command line and end the process with one of the documented exit codes."""
     # What a scheduler sends before it kills ends a command as Ctrl-C does, its workers with it.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM):
         signal.signal(number, signal.default_int_handler)
+    sys.unraisablehook = _come_again
     try:
         code = cli.main(standalone_mode=False)
         sys.stdout.flush()
@@ -88,7 +92,8 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not change how this ends
+        for number in (signal.SIGINT, signal.SIGALRM):
+            signal.signal(number, signal.SIG_IGN)  # a second one must not change how this ends
         click.echo("\ninterrupted: run the same command again to go on", err=True)
         code = INTERRUPTED
     except ClipmillError as error:
@@ -104,6 +109,14 @@ def main() -> None:
         )
         code = FAILED
     sys.exit(code if isinstance(code, int) else DONE)
+
+
+def _come_again(lost: sys.UnraisableHookArgs) -> None:
+    """A Ctrl-C that came while an object was being cleared away, where Python can but print it, comes once more."""
+    if lost.exc_type is KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _hint(code: int | None) -> str:

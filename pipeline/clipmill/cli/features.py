@@ -496,8 +496,9 @@ def drop_command(id: str, store: Path, yes: bool, as_json: bool) -> int:
 
     opened = FeatureStore(store)
     (chosen,) = opened.named(id, most=1)
-    if not yes:
-        click.confirm(f"remove {opened.folder / chosen}?", abort=True, err=True)
+    if not yes and not click.confirm(f"remove {opened.folder / chosen}?", err=True):
+        console.say(f"kept: {opened.folder / chosen}")
+        return FAILED
     opened.drop(chosen)
     if as_json:
         console.print_json({"dropped": chosen})
