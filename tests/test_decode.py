@@ -16,7 +16,7 @@ from clipmill.audio.ffmpeg import ffmpeg_program
 from clipmill.errors import DecodeError
 from conftest import sound
 
-LONG_S, RATE = 1200, 8000
+LONG_S, RATE = 600, 8000
 
 
 def ffmpeg(*arguments: object) -> None:

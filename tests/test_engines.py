@@ -53,7 +53,7 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def importable() -> Iterator[None]:
     """Workers import `units`, as they import clipmill: from what is installed for them."""
     with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +64,7 @@ def importable() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def dask_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     pytest.importorskip("distributed", reason="Dask is not installed")
     folder = tmp_path_factory.mktemp("dask")
@@ -85,7 +85,7 @@ def dask_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             process.wait(30)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     pytest.importorskip("ray", reason="Ray is not installed")
     address = f"127.0.0.1:{free_port()}"
@@ -105,7 +105,7 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         head.wait(30)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def slurm_conf() -> Iterator[Path]:
     pytest.importorskip("submitit", reason="submitit is not installed")
     try:

@@ -19,7 +19,10 @@ from clipmill.cli.train import command as train_command
 from clipmill.errors import ConfigError
 from clipmill.train.checkpoint import read_last
 from clipmill.train.ranks import Ranks, joined_ranks
+from conftest import SHALLOW
 from test_train import command, lines, same_state, shards_of
+
+pytestmark = pytest.mark.usefixtures("shallow")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,9 @@ def torchrun(*program: object, restarts: int = 0) -> warm.Program:
 
 def training(where: Path, out: Path, *more: str, restarts: int = 0) -> warm.Program:
     """The training command as two ranks."""
-    return torchrun("-m", *command(where, out, *more), restarts=restarts)
+    script = out.with_suffix(".py")
+    script.write_text(f"{SHALLOW}; from clipmill.cli import main; main()")
+    return torchrun(script, *command(where, out, *more)[1:], restarts=restarts)
 
 
 def children(pid: int) -> list[int]:
@@ -131,7 +136,7 @@ def together(easy: Path, tmp_path_factory: pytest.TempPathFactory) -> Together:
     crossval = command(easy, folder / "cv", *flags)[2:]
     at = crossval.index("--fold")
     crossval[at : at + 2] = ["--folds", "1,2"]
-    (folder / "together.py").write_text(_TOGETHER)
+    (folder / "together.py").write_text(f"{SHALLOW}\n{_TOGETHER}")
     process = torchrun(folder / "together.py", json.dumps([pair, crossval]))
     out, err = process.communicate(timeout=280)
     assert process.returncode == 0, err

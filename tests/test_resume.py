@@ -16,7 +16,7 @@ import warm
 from clipmill.loader import Loader
 from clipmill.shards.read import Shards
 from conftest import Bucket
-from test_train import RATE, command, plan_of, shards_of, signal_after_first_save
+from test_train import RATE, plan_of, shards_of, signal_after_first_save, started
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +47,12 @@ def test_a_killed_training_run_goes_on_with_the_very_batches_here_or_from_afar(
 ):
     # More steps, so that there is something left to be killed; all but the first 16 do not matter here.
     flags = ("--log-batches", "--steps", "400", "--eval-every", "400")
-    killed = warm.start(*command(bucket.fill(easy), tmp_path, *flags, "--workers", "2"))
+    killed = started(bucket.fill(easy), tmp_path, *flags, "--workers", "2")
     signal_after_first_save(tmp_path, killed, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     with open(tmp_path / "batches.jsonl", "a") as file:
         file.write('{"keys": "half a li')
-    resumed = warm.start(*command(easy, tmp_path, *flags, "--resume", "--workers", "1"))
+    resumed = started(easy, tmp_path, *flags, "--resume", "--workers", "1")
     while len((tmp_path / "batches.jsonl").read_text().splitlines()) < 20:
         assert resumed.poll() is None, resumed.said("err")
         time.sleep(0.01)

@@ -39,6 +39,7 @@ from clipmill.train.plan import Plan, plan_run
 from clipmill.train.prepare import Preparation
 from clipmill.train.recipes import Recipe
 from clipmill.train.split import choose_split, held_out_again
+from conftest import SHALLOW
 
 pytestmark = pytest.mark.usefixtures("shallow")
 
@@ -185,10 +186,15 @@ def calling() -> list[str]:
     return [frame.name for frame in traceback.extract_stack()]
 
 
-def command(where: Path, out: Path, *more: str) -> list[str]:
+def command(where: Path | str, out: Path, *more: str) -> list[str]:
     """What follows `python -m`."""
     flags = "--fold 1 --model erann-3-1 --steps 16 --batch-size 4 --crop-s 1 --eval-every 8 --save-every 2 --device cpu --no-page"
     return ["clipmill", "train", "--shards", str(where), "--out", str(out), *flags.split(), *more]
+
+
+def started(where: Path | str, out: Path, *more: str) -> warm.Program:
+    """The command, in a process of its own."""
+    return warm.start(*command(where, out, *more), first=SHALLOW)
 
 
 def signal_after_first_save(out: Path, process: warm.Program, number: int) -> str:
@@ -199,17 +205,17 @@ def signal_after_first_save(out: Path, process: warm.Program, number: int) -> st
     return process.communicate(timeout=120)[1]
 
 
-def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(easy, tmp_path, cold):
+def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(easy, tmp_path):
     """Eight steps with all augmentations, against four, a SIGKILL, and four."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     flags = (
         *("--steps", "8", "--eval-every", "4", "--save-every", "4", "--log-batches"),
         *("--mixup", "between-class", "--pitch-semitones", "2", "--stretch", "0.2", "--noise-snr-db", "10"),
     )
-    done = cold(*command(easy, straight, *flags)[1:])
-    assert done.stdout.startswith("best: accuracy")
+    done = started(easy, straight, *flags)
+    assert done.communicate(timeout=120)[0].startswith("best: accuracy")
     assert done.returncode == 0
-    killed = warm.start(*command(easy, broken, *flags))
+    killed = started(easy, broken, *flags)
     signal_after_first_save(broken, killed, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     assert read_last(broken)["step"] == 4
@@ -217,7 +223,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(easy, tmp_path, c
     with open(broken / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "lo')
     # Other workers, the same clips.
-    resumed = warm.start(*command(easy, broken, *flags, "--resume", "--workers", "2"))
+    resumed = started(easy, broken, *flags, "--resume", "--workers", "2")
     assert "going on from step" in resumed.communicate(timeout=120)[1]
     assert resumed.returncode == 0
     assert same_state(read_last(straight), read_last(broken))
@@ -233,9 +239,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(easy, tmp_path, c
 
 
 def test_sigterm_saves_the_step_it_stands_at_and_says_how_to_go_on(easy, tmp_path):
-    process = warm.start(
-        *command(easy, tmp_path, "--steps", "4000", "--eval-every", "4000", "--workers", "1")
-    )
+    process = started(easy, tmp_path, "--steps", "4000", "--eval-every", "4000", "--workers", "1")
     said = signal_after_first_save(tmp_path, process, signal.SIGTERM)
     assert process.returncode == 130
     assert "--resume goes on" in said

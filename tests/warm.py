@@ -111,11 +111,15 @@ def start(
     cwd: Path | None = None,
     env: dict[str, str] | None = None,
     new_session: bool = False,
+    first: str = "",
 ) -> Program:
-    """Begin `python -m PROGRAM WORDS`, or `python PROGRAM WORDS` where that is a file; as subprocess.Popen does."""
+    """Begin `python -m PROGRAM WORDS`, or `python PROGRAM WORDS` where that is a file; as subprocess.Popen does.
+
+    `first`: statements to execute before.
+    """
     said = tempfile.TemporaryDirectory(prefix="said-")
     settings = {**os.environ, **(env or {})}
-    arguments = (program, list(map(str, words)), cwd or Path.cwd(), settings, said.name, new_session)
+    arguments = (program, list(map(str, words)), cwd or Path.cwd(), settings, said.name, new_session, first)
     process = _server.Process(target=_program, args=arguments, name=" ".join(map(str, (program, *words))))
     process.start()
     started = Program(process, said)
@@ -137,7 +141,13 @@ def run(
 
 
 def _program(
-    program: str | Path, words: list[str], cwd: Path, env: dict[str, str], said: str, new_session: bool
+    program: str | Path,
+    words: list[str],
+    cwd: Path,
+    env: dict[str, str],
+    said: str,
+    new_session: bool,
+    first: str,
 ) -> None:
     if new_session:
         os.setsid()
@@ -149,6 +159,7 @@ def _program(
         os.dup2(file, number)
         os.close(file)
     sys.argv = [str(program), *words]
+    exec(first, {})
     try:
         if isinstance(program, Path):
             runpy.run_path(str(program), run_name="__main__")

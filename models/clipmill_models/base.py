@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -170,12 +173,25 @@ def multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     model.eval()
     try:
         # With gradients on, torch's transformer layers take their open path; the fused one hides its products.
-        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        with torch.enable_grad(), _Passed(), FlopCounterMode(display=False) as counter:
             torch.func.functional_call(model, on_meta, (torch.empty(1, *input_shape, device="meta"),))
     finally:
         for layer, training in modes.items():
             layer.training = training
     return counter.get_total_flops() // 2 + once
 
+
+class _Passed(TorchFunctionMode):
+    """Passes over what is free and keeps the shape, of which the meta device makes more work than of all the rest."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _FREE and args:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_FREE = {functional.batch_norm, functional.leaky_relu, functional.relu}
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
