@@ -179,7 +179,7 @@ def test_output_that_may_not_be_written_is_said_in_a_sentence(media, tmp_path):
     if os.geteuid() == 0:
         command = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all", *command]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    failed(done, 1, "Permission denied", "choose another place with --root or --out")
+    failed(done, 1, "Permission denied", "choose another place (--root, --out or --store)")
 
 
 def test_an_interrupt_ends_with_130_and_the_next_run_goes_on(run, fetched, tmp_path):

@@ -29,6 +29,7 @@ from clipmill.run import Engine, Lost, run_rounds
 from clipmill.run.dask import DaskEngine
 from clipmill.run.ray import RayEngine
 from clipmill.run.slurm import SlurmEngine, cancel_leftovers, leftovers
+from clipmill.shards.read import Shards
 from conftest import sound
 from slurm_node import BeginSoon, NoSlurm, slurm_node
 from units import Unit, work
@@ -179,6 +180,21 @@ def test_the_same_bytes_come_from_every_engine(engine, alone, make, tmp_path):
     there = make(tmp_path / "there", engine=engine)
     assert there["root_sha256"] == alone["root_sha256"]
     assert there["counts"] == alone["counts"]
+
+
+def test_the_same_features_come_from_every_engine(engine, make, tmp_path):
+    from clipmill.features import create_feature
+    from clipmill.featurestore import make_features
+
+    make(tmp_path / "sound", clips_per_shard=12)
+    shards = Shards.open(tmp_path / "sound", ours=True)
+    here, there = (
+        make_features(shards, tmp_path / name, create_feature("chroma", sample_rate=44100), engine=engine)
+        for name, engine in (("here", None), ("there", engine))
+    )
+    assert there.stopped == ""
+    assert there.entry.info["root_sha256"] == here.entry.info["root_sha256"]
+    assert there.counts == here.counts
 
 
 @pytest.mark.parametrize("kind", [DaskEngine, RayEngine])

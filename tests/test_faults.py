@@ -288,7 +288,7 @@ def test_a_disk_that_lets_nobody_write_is_said_to(root, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     done = warm.run(*shard(root, small_disk / "s"))
     assert done.returncode == 1
-    assert "Read-only file system; choose another place with --root or --out" in done.stderr
+    assert "Read-only file system; choose another place (--root, --out or --store)" in done.stderr
 
 
 def test_units_whose_worker_dies_each_time_are_lost_alone():

@@ -239,6 +239,7 @@ def test_one_clip_as_figures_as_a_picture_and_as_numbers(here, built, tmp_path):
     assert (done.returncode, done.stdout) == (0, "")
     assert (tmp_path / "x.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert np.array_equal(np.load(tmp_path / "x.npy"), expected.numpy())
+    failed(here("features", "get", "-0RWZT-miFs_420000", *store), 1, "has no clip -0RWZT-miFs_420000")
     failed(here("features", "get", key, *store, "--plot", tmp_path / "x.doc"), 2, "allowed endings are .png")
     failed(here("features", "get", key, *store, "--out", tmp_path / "x.csv"), 2, "ends in .npy")
 

@@ -118,7 +118,7 @@ def test_any_hdf5_reader_reads_the_same(kept, dtype):
     seen = set()
     for shard in entry.info["shards"]:
         with h5py.File(entry.folder / shard["file"]) as file:
-            assert FeatureSpec.from_json(file.attrs["spec"]) == entry.spec
+            assert file.attrs["spec"] == entry.spec.json
             assert (file.attrs["unit"], file.attrs["frames_per_s"]) == ("dB", 128)
             for name in [name for name in file if name.startswith("feature_")]:
                 frames = int(name.partition("_")[2])
@@ -329,6 +329,18 @@ def test_of_several_entries_one_must_be_named(entry, shards):
     assert store.ids == [entry.id]
 
 
+def test_folders_that_are_no_entries_are_none_of_a_stores_business(entry):
+    store = FeatureStore(entry.folder.parent)
+    for name in ("hdf5-pcm16-44100", "logmel-small-x", "hdf5"):
+        (store.folder / name).mkdir()
+        (store.folder / name / "small-all-000000.h5").write_bytes(b"shards")
+    assert store.ids == [entry.id]
+    for name in ("hdf5", "hdf5-pcm16-44100", entry.id[:-1]):
+        with pytest.raises(FeatureError, match=f"has no {name}"):
+            store.drop(name)
+    assert (store.folder / "hdf5-pcm16-44100" / "small-all-000000.h5").exists()
+
+
 def test_a_drop_that_was_killed_leaves_nothing_that_looks_like_an_entry(entry):
     store = FeatureStore(entry.folder.parent)
     half = entry.folder.parent / f".{entry.id}.0123.dropped"
@@ -356,18 +368,19 @@ def test_a_second_builder_in_the_same_entry_is_refused(entry, shards):
         again(entry, shards)
 
 
-def test_another_engine_gives_the_same_bytes(kept, shards, tmp_path):
-    """A Dask scheduler and a worker of two threads, all of it sent by TCP."""
-    distributed = pytest.importorskip("distributed", reason="Dask is not installed")
-    from clipmill.run.dask import DaskEngine
+def test_what_tasks_of_a_killed_driver_are_writing_is_left_alone_until_they_have_ended(entry, shards):
+    """As on Slurm, where they go on, and the same command waits for them."""
+    written = entry.folder / ".half.h5.0123.tmp"
+    written.write_text("half")
+    next(entry.folder.glob("*.h5")).unlink()
 
-    with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", dashboard_address=None
-    ) as cluster:
-        engine = DaskEngine(cluster.scheduler_address)
-        made = make_features(shards, tmp_path, LOGMEL, engine=engine, workers=1)
-    assert made.stopped == ""
-    assert files_of(made.entry.folder) == files_of(kept["float16"].folder)
+    class Waiting(Local):
+        def run(self, function, units):
+            assert written.exists()
+            return super().run(function, units)
+
+    assert again(entry, shards, engine=Waiting()).files == 1
+    assert not written.exists()
 
 
 @pytest.mark.parametrize(

@@ -583,6 +583,17 @@ def test_a_steps_noise_is_its_seeds_alone(easy):
     assert torch.equal(targets, batch.targets)
 
 
+def test_stripes_are_at_most_an_eighth_of_the_picture(easy):
+    """Of a chromagram's 12 notes two stripes of 8 would leave some clips none."""
+    batch = next(Loader(Shards.open(easy), 24).batches())
+    features = FrontEnd(RATE, feature={"name": "chroma"})
+    recipe = replace(TINY, mixup="none", mask_frames=1, mask_bins=8)
+    bare = Preparation(replace(recipe, specaugment=False), features, 0)(batch, 0)[0]
+    striped = Preparation(recipe, features, 0)(batch, 0)[0]
+    notes = ((striped != bare).float().mean(2) > 0.5).sum(1)
+    assert set(notes.tolist()) == {0, 1, 2}
+
+
 # From other weights
 
 

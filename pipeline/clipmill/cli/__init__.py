@@ -123,5 +123,5 @@ def _hint(code: int | None) -> str:
     if code in (errno.ENOSPC, errno.EDQUOT):
         return "; free some space and run the same command again: what is finished stays finished"
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "; choose another place with --root or --out, or mend its permissions"
+        return "; choose another place (--root, --out or --store), or mend its permissions"
     return ""

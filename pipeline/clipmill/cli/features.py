@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,7 +182,7 @@ def _tell(what: str, made: Made) -> None:
         console.say(f"stopped: {made.stopped}; the same command goes on")
         return
     console.say_losses([Failure(**row) for row in tables.read_jsonl(folder / "failures.jsonl")])
-    console.say(f"next: pipeline features verify {made.entry.id} --store {folder.parent}")
+    console.say(f"next: pipeline features verify {made.entry.id} --store {shlex.quote(str(folder.parent))}")
 
 
 @command.command("list")
@@ -311,7 +312,8 @@ def _show(entry: Entry) -> None:
     click.echo("(some bins; --json has all)")
 
 
-@command.command("get")
+# A YouTube id may begin with a dash.
+@command.command("get", context_settings={"ignore_unknown_options": True})
 @click.argument("key", metavar="KEY")
 @click.option(
     "--feature",
@@ -473,7 +475,8 @@ def _tell_verdict(store: FeatureStore, verdict: Verdict) -> None:
     if verdict.parity is not None and verdict.parity.problems:
         # Its files are as they were written, so no build would touch them.
         console.say(
-            f"to mend: pipeline features drop {verdict.entry} --store {store.folder.resolve()}, and build it anew"
+            f"to mend: pipeline features drop {verdict.entry} --store {shlex.quote(str(store.folder.resolve()))}, "
+            "and build it anew"
         )
     elif verdict.problems:
         console.say(f"to mend: {store.mend(verdict.entry)}")

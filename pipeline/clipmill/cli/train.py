@@ -521,10 +521,8 @@ def _write_page(folder: Path, write: Callable[[], Path]) -> None:
 
 def _folds_name(plan: Plan, asked: dict[str, Any]) -> str:
     """Of the folder that holds several runs."""
-    from clipmill.train.plan import default_out
-
     tag = "folds" if asked["folds"] is not None else f"{plan.split.tag}-repeats"
-    return default_out(plan.shards.name, plan.config["model"], tag, init=plan.init is not None).name
+    return plan.named(tag).name
 
 
 def _print_run(best: dict[str, Any] | None, last: dict[str, Any] | None, folder: Path) -> None:

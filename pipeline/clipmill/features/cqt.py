@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipmill.errors import FeatureError
-from clipmill.features.feature import FRAMES_PER_S, Feature, Framing
+from clipmill.features.feature import FRAMES_PER_S, LEAST_POWER, Feature, Framing, check_floor
 from clipmill.features.spectrum import in_parts, real_padded
 from clipmill_models.base import without_autocast
 
@@ -68,10 +68,9 @@ class CqtSettings:
         """The same with nothing left None; raises `FeatureError` where they cannot be."""
         rate, per_octave = self.sample_rate, self.bins_per_octave
         Framing(rate)  # raises where a rate cannot be
-        if per_octave < 1 or not self.floor > 0:
-            raise FeatureError(
-                f"bins_per_octave is {per_octave} and floor {self.floor}: both must be above 0"
-            )
+        if per_octave < 1:
+            raise FeatureError(f"bins_per_octave is {per_octave}: must be above 0")
+        check_floor(self.floor, math.sqrt(LEAST_POWER))
         if not self.f_min > 0 or self.quality / self.f_min > LONGEST_S:
             raise FeatureError(
                 f"f_min is {self.f_min} Hz: allowed is {self.quality / LONGEST_S:.1f} Hz and more where "
@@ -178,6 +177,8 @@ class Cqt(Feature):
     def _notes(self, stretches: Tensor) -> Tensor:
         """`[rows, seconds, size * hop] -> [rows, bins, 128 * seconds]`."""
         rows, seconds = stretches.shape[:2]
+        if rows * seconds == 1:  # alone, its products would be of another kind, which rounds otherwise
+            return self._notes(stretches.expand(2, -1, -1))[:1]
         x = torch.fft.rfft(stretches.reshape(rows * seconds, self.size, self.hop), dim=1)
         x = torch.fft.fft(torch.complex(*_times(x, self.turns)))
         # A product of real matrices for each column: [columns, 2 * stretches, rows] @ [columns, rows, 2 * filters].

@@ -16,6 +16,9 @@ from clipmill.errors import FeatureError
 FRAMES_PER_S = 128
 """ERANN's frames of every second of audio; a power of two, so that a network's strides divide it."""
 
+LEAST_POWER = torch.finfo(torch.float32).tiny
+"""That float32 holds in full."""
+
 
 @dataclass(frozen=True)
 class Framing:
@@ -118,6 +121,12 @@ class Feature(nn.Module):
     @abstractmethod
     def real(self) -> nn.Module:
         """The same numbers, up to rounding, without complex ones, which ONNX does not have; open to any length."""
+
+
+def check_floor(floor: float, least: float) -> None:
+    """Raises `FeatureError` for a floor that is lower than `least`: in float32 the logarithm of silence is infinite."""
+    if not floor >= least:
+        raise FeatureError(f"floor is {floor}: allowed is {least:.2g} and more, which float32 can hold")
 
 
 def check_wave(wave: Tensor) -> None:

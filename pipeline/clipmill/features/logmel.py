@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
 from clipmill.errors import FeatureError
-from clipmill.features.feature import FRAMES_PER_S, Feature, Framing
+from clipmill.features.feature import FRAMES_PER_S, LEAST_POWER, Feature, Framing, check_floor
 from clipmill.features.spectrum import Filters, PowerSpectrum
 from clipmill_models.logmel import RealLogMel
 
@@ -63,8 +63,9 @@ class LogMelSettings:
         f_max = min(float(self.f_max), rate / 2)
         if not 0 <= self.f_min < f_max:
             raise FeatureError(f"f_min is {self.f_min} Hz: allowed is 0 up to f_max, which is {f_max} Hz")
-        if self.n_mels < 1 or not self.floor > 0:
-            raise FeatureError(f"n_mels is {self.n_mels} and floor {self.floor}: both must be above 0")
+        if self.n_mels < 1:
+            raise FeatureError(f"n_mels is {self.n_mels}: must be above 0")
+        check_floor(self.floor, LEAST_POWER)
         if self.mel_scale not in ("slaney", "htk") or self.mel_norm not in ("slaney", None):
             raise FeatureError(
                 f"mel_scale is {self.mel_scale!r} and mel_norm {self.mel_norm!r}: "

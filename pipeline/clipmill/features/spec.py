@@ -45,7 +45,8 @@ class FeatureSpec:
     Attributes:
         feature: its name in `features.FEATURES`.
         version: of its code, `Feature.VERSION`.
-        settings: all of them, resolved, as plain JSON values.
+        settings: all of them, resolved, as plain JSON values. What is no setting of a feature, such as a window that is
+            always Hann's or a hop that follows from the rate, is its version's.
         dtype: one of `DTYPES`.
         sound: what of the shards decides the samples: rate, decoder, recipe, and the versions that decoded, as far as
             dataset.json has them. Not their format, encoding or order, which change no sample.
@@ -96,18 +97,6 @@ class FeatureSpec:
         sound = {"sample_rate": rate, "decoder": info["spec"]["decoder"], **_RECIPE, "versions": versions}
         return cls(feature.NAME, feature.VERSION, _plain(feature), dtype, sound)
 
-    @classmethod
-    def from_json(cls, text: str) -> FeatureSpec:
-        """The spec that `json` gave.
-
-        Raises:
-            FeatureError: it is none.
-        """
-        try:
-            return cls(**json.loads(text))
-        except (TypeError, ValueError) as error:
-            raise FeatureError(f"is no feature spec: {error}") from error
-
     @property
     def json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, floats in the fewest digits that give them back; ASCII."""
@@ -117,11 +106,6 @@ class FeatureSpec:
     def sha256(self) -> str:
         """Of `json`, in hex."""
         return hashlib.sha256(self.json.encode()).hexdigest()
-
-    @property
-    def key(self) -> str:
-        """The first digits of `sha256`."""
-        return self.sha256[:KEY_DIGITS]
 
     def create(self) -> Feature:
         """The module that computes the numbers, from waveforms `[B, samples]`: for a store and in training alike.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +38,16 @@ def entry_id(spec: FeatureSpec, dataset: str, root_sha256: str) -> str:
     """The name of an entry's folder: feature, dataset, and a hash of the spec and of the shards' root hash."""
     key = hashlib.sha256(f"{spec.sha256}\n{root_sha256}\n".encode()).hexdigest()[:KEY_DIGITS]
     return f"{spec.feature}-{dataset}-{key}"
+
+
+def is_entry_id(name: str) -> bool:
+    """Whether a folder of that name may be an entry, be it a damaged one; another is none of a store's business."""
+    return re.fullmatch(rf"[a-z0-9_]+-.+-[0-9a-f]{{{KEY_DIGITS}}}", name) is not None
+
+
+def feature_of(id: str) -> str:
+    """The feature of the entry of that id."""
+    return id.partition("-")[0]
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,13 @@ class Entry:
         if lacking:
             raise TableError(f"{folder / ENTRY_FILE}: is damaged: it lacks {', '.join(lacking)}")
         entry, lineage = cls(folder, info), info["lineage"]
-        own = entry_id(entry.spec, lineage["dataset"], lineage["root_sha256"])
+        try:
+            own = entry_id(entry.spec, lineage["dataset"], lineage["root_sha256"])
+        except TypeError as error:
+            raise TableError(
+                f"{folder / ENTRY_FILE}: was written by another version of clipmill, whose specs have other fields "
+                f"({error}); use that one, or build the feature anew into another store"
+            ) from error
         if folder.resolve().name != own:
             raise TableError(f"{folder}: was renamed, for it holds {own}; give it that name again")
         return entry
@@ -146,7 +163,10 @@ class Entry:
     @property
     def command(self) -> str:
         """The command that finishes it, and mends what is missing."""
-        spec, place = self.spec, self.info["lineage"]["shards"]
+        return self._command_for(self.info["lineage"]["shards"])
+
+    def _command_for(self, place: str) -> str:
+        spec = self.spec
         words = ["pipeline", "features", "build", place, "--feature", spec.feature]
         for name, value in self._chosen().items():
             words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
@@ -176,8 +196,8 @@ class Entry:
         if shards is not None and shards.root_sha256 != root:
             raise ShardError(
                 f"{self.folder}: was computed from other shards: their root_sha256 is {root[:KEY_DIGITS]}, that of "
-                f"{shards.place} is {shards.root_sha256[:KEY_DIGITS]}; `pipeline features build {shards.place} "
-                f"--feature {self.spec.feature}` computes it of these"
+                f"{shards.place} is {shards.root_sha256[:KEY_DIGITS]}; to compute it of these: "
+                f"{self._command_for(shards.place)}"
             )
 
     def check_finished(self) -> None:

@@ -104,14 +104,12 @@ def make_features(
             lost = before.info["counts"]["failed"]
             if not lost or not any(map(_can_more, units_of(shards, folder, spec, device, workers))):
                 return Made(before, before.info["counts"], 0)
-        # Ours, or left by a run that was killed: nobody else writes here while the folder is held.
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
         entry = _begun(shards, folder, spec, feature, silence)
         units = units_of(shards, folder, spec, device, workers)
         there = {unit.name: counts for unit in units if (counts := _kept(unit, check))}
         left = [unit for unit in units if unit.name not in there]
         stopped, files = _build(left, list(there.values()), engine or Local(), update)
+        # Not before: tasks of a driver that was killed may be writing still, and the engine waits for them.
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
         return _put_together(entry, units, files, stopped)

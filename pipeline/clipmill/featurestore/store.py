@@ -18,7 +18,7 @@ from torch import Tensor
 from clipmill import tables
 from clipmill.errors import ClipmillError, FeatureError, ShardError, TableError
 from clipmill.features.spec import FeatureSpec
-from clipmill.featurestore.entry import Entry
+from clipmill.featurestore.entry import Entry, feature_of, is_entry_id
 from clipmill.featurestore.files import ENTRY_FILE
 from clipmill.shards.read import Shards
 
@@ -44,7 +44,7 @@ class FeatureStore:
     @property
     def ids(self) -> list[str]:
         """Names of the entries' folders, sorted, whatever state they are in."""
-        found = (path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        found = (path for path in self.folder.iterdir() if path.is_dir() and is_entry_id(path.name))
         return sorted(path.name for path in found if (path / ENTRY_FILE).exists() or any(path.glob("*.h5")))
 
     def entries(self) -> list[Entry]:
@@ -65,7 +65,7 @@ class FeatureStore:
         Raises:
             FeatureError: there is none, or there are more than `most`.
         """
-        ids = [id for id in self.ids if name is None or name == id or id.startswith(f"{name}-")]
+        ids = [id for id in self.ids if name in (None, id, feature_of(id))]
         if not ids:
             raise FeatureError(
                 f"{self.folder}: has no {name or 'entry'}; it has {', '.join(self.ids) or 'nothing'}; "
@@ -136,6 +136,8 @@ class FeatureStore:
         self, keys: Sequence[str], feature: str = "logmel", *, entry: str | None = None, stored: bool = False
     ) -> list[Tensor]:
         """The features of clips: `[bins, frames]` each, float32, or with `stored` of the number type they are kept in.
+
+        Each call checks the entry's tables: a call for many clips takes little longer than for one.
 
         Args:
             keys: the clips', in the order that they are wanted.

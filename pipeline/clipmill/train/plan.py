@@ -48,8 +48,14 @@ class Plan:
 
     @property
     def default_out(self) -> Path:
-        """runs/<dataset>-<model>-<what is held out>, with -init where the weights come from elsewhere."""
-        return default_out(self.shards.name, self.config["model"], self.split.tag, init=self.init is not None)
+        """Where it goes if it is not told where."""
+        return self.named(self.split.tag)
+
+    def named(self, tag: str) -> Path:
+        """runs/<dataset>-<model>-<tag>; with the feature where it is no log-mel, and -init with another's weights."""
+        feature = (self.config["features"]["feature"] or {}).get("name", "logmel")
+        parts = [self.shards.name, self.config["model"], *[feature] * (feature != "logmel"), tag]
+        return Path("runs") / "-".join(parts + ["init"] * (self.init is not None))
 
     def front_end(self) -> FrontEnd | StoredFrontEnd:
         """What stands between the clips, sound or stored features, and the network."""
@@ -59,11 +65,6 @@ class Plan:
     def held_out(self) -> Shards:
         """The clips that judge."""
         return self.shards.take(self.split.held_out)
-
-
-def default_out(dataset: str, model: str, tag: str, *, init: bool) -> Path:
-    """Where a run goes that is not told where."""
-    return Path("runs") / (f"{dataset}-{model}-{tag}" + "-init" * init)
 
 
 def plan_run(

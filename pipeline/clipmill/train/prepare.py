@@ -86,9 +86,9 @@ class Preparation:
         if recipe.mixup in ("between-class-logmel", "standard-features"):
             heard, targets = self._mixed(heard, targets, gain, u)
         if recipe.specaugment and self.features.feature is not None:
-            frames = min(recipe.mask_frames, heard.shape[2] // 8)
-            masks = self.ranks.own(u["masks"])
-            heard = specaugment(heard, masks, time_width=frames, freq_width=recipe.mask_bins)
+            _, bins, frames = heard.shape
+            bins, frames = min(recipe.mask_bins, bins // 8), min(recipe.mask_frames, frames // 8)
+            heard = specaugment(heard, self.ranks.own(u["masks"]), time_width=frames, freq_width=bins)
         return heard, targets
 
     def _draws(self, step: int, clips: int, device: torch.device) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ class Recipe:
         mixup: one of `MIXUPS`.
         specaugment: mask two stripes of frames and two of bins of each clip's log-mel.
         mask_frames: most frames of a stripe, and never more than an eighth of the crop's.
-        mask_bins: most bins of a stripe.
+        mask_bins: most bins of a stripe, and never more than an eighth of the feature's.
         pitch_semitones: each clip is shifted by up to so many semitones, up or down; 0: not.
         stretch: each clip is played up to so much faster or slower at its own pitch: 0.25 is 0.8 to 1.25 times
             the speed; 0: not.
