@@ -192,6 +192,14 @@ def test_no_length_of_sound_is_special_to_the_front_end_that_is_exported(rate, r
         torch.testing.assert_close(theirs(wave), ours(wave), rtol=0, atol=1e-6 if resample_to else 2e-2)
 
 
+def test_sound_that_is_padded_to_so_many_seconds_is_so_in_what_is_exported():
+    ours = FrontEnd(16000, 22050, least_s=1.5)
+    theirs = program_of(RealFrontEnd(ours), torch.zeros(2, 30000), (0, 1)).module()
+    for samples in (100, 23999, 24000, 24001, 40000):
+        wave = sound(samples / 16000, 1, 16000)
+        torch.testing.assert_close(theirs(wave), ours(wave), rtol=0, atol=1e-6)
+
+
 # What is in the files
 
 

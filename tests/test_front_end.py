@@ -129,8 +129,41 @@ def heard(easy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
 def test_a_network_on_waveforms_of_another_rate_is_trained_and_scored_again_alike(easy, heard) -> None:
     out, last = heard
     run = read_run(out, CPU, "last")
-    assert run.config["features"] == {"sample_rate": RATE, "resample_to": 40960, "feature": None}
+    assert run.config["features"] == {
+        "sample_rate": RATE,
+        "resample_to": 40960,
+        "feature": None,
+        "least_s": 0.0,
+    }
     assert evaluate_run(run, Shards.open(easy), CPU)["loss"] == pytest.approx(last["loss"], rel=1e-5)
+
+
+def test_shorter_clips_are_padded_to_as_much_as_a_recipe_says_wherever_they_are_heard(easy, tmp_path) -> None:
+    """As GMME has it of UrbanSound8K. Else a network would be asked about lengths that it never learnt from."""
+    recipe = Recipe(
+        "x",
+        "wavegram-erann-3-1",
+        steps=2,
+        batch_size=4,
+        pad_s=3.0,
+        mixup="none",
+        specaugment=False,
+        eval_every=2,
+    )
+    outcome = train(plan_run(Shards.open(easy), recipe, CPU, fold=1), tmp_path / "run")
+    run = read_run(tmp_path / "run", CPU, "last")
+    heard = run.features(torch.ones(1, RATE // 2))
+    assert heard.shape == (1, 3 * 40960)
+    assert not heard[:, 41000:].any()
+    assert run.features.places(RATE) == 3 * 40960
+    assert run.features(torch.ones(1, 4 * RATE)).shape == (1, 4 * 40960)
+    assert outcome.last is not None
+    assert evaluate_run(run, Shards.open(easy), CPU)["loss"] == pytest.approx(outcome.last["loss"], rel=1e-5)
+    short = sound(0.5, RATE)
+    soundfile.write(tmp_path / "short.wav", short, RATE)
+    soundfile.write(tmp_path / "long.wav", np.concatenate([short, np.zeros(round(2.5 * RATE))]), RATE)
+    one, other = predict_files(run, [tmp_path / "short.wav", tmp_path / "long.wav"], CPU)
+    assert one.scores == pytest.approx(other.scores, abs=1e-5)
 
 
 def test_and_predicts(heard, tmp_path) -> None:

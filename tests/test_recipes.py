@@ -109,7 +109,8 @@ def test_gmmes_experiments_are_told_in_epochs_and_become_steps_once_the_clips_ar
     recipe = RECIPES[name]
     assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (epochs, 128, 3e-4)
     assert (recipe.schedule, recipe.ema_decay, recipe.label_smoothing) == ("one-cycle", 0.995, 0.1)
-    assert recipe.weight_decay > 0
+    assert (recipe.weight_decay, recipe.warmup, recipe.clip_norm) == (1e-5, 0.1, 1.0)
+    assert recipe.pad_s == (4.0 if name == "gmme-urbansound8k" else 0.0)
     assert recipe.for_clips(clips).steps == steps
     assert recipe.for_clips(clips).for_clips(5).steps == steps, "decided once"
     assert choose_recipe("esc50", "cuda", name, steps=7)[0].for_clips(1_600).steps == 7
@@ -222,13 +223,21 @@ def test_a_recipe_that_is_not_there_names_those_that_are():
         choose_recipe("esc50", "cpu", "nowhere/best.toml")
 
 
-@pytest.mark.parametrize("steps", [10, 37, 1000])
-def test_one_cycle_is_torchs(steps):
-    recipe = Recipe("x", "erann-1-1", steps=steps, learning_rate=3e-3, schedule="one-cycle")
+@pytest.mark.parametrize(("steps", "warmup"), [(10, 0.3), (37, 0.3), (1000, 0.3), (37, 0.1), (1000, 0.1)])
+def test_one_cycle_is_torchs(steps, warmup):
+    recipe = Recipe("x", "erann-1-1", steps=steps, learning_rate=3e-3, schedule="one-cycle", warmup=warmup)
     optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=warmup)
     for step in range(steps):
         assert learning_rate_at(recipe, step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step()
         schedule.step()
     assert learning_rate_at(Recipe("x", "m", steps=3), 2) == 2e-4
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(10, 0.1), (1, 0.3), (5, 0.0)])
+def test_a_warm_up_of_a_step_or_less_begins_near_the_highest_rate(steps, warmup):
+    recipe = Recipe("x", "m", steps=steps, learning_rate=3e-3, schedule="one-cycle", warmup=warmup)
+    rates = [learning_rate_at(recipe, step) for step in range(steps)]
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] <= rates[0] <= 3e-3

@@ -27,6 +27,7 @@ class FrontEnd(nn.Module):
         resample_to: Hz that the network is made for; None where it is the same.
         feature: what `FrontEnd.config` says of one: its "name", its "settings" and its "version" where the numbers must
             be those of that version of its code; None for networks on waveforms.
+        least_s: seconds that shorter sound is padded to with zeros.
 
     Attributes:
         feature: the module, at the rate after resampling; None for networks on waveforms.
@@ -36,11 +37,15 @@ class FrontEnd(nn.Module):
     """
 
     def __init__(
-        self, sample_rate: int, resample_to: int | None = None, feature: dict[str, Any] | None = None
+        self,
+        sample_rate: int,
+        resample_to: int | None = None,
+        feature: dict[str, Any] | None = None,
+        least_s: float = 0.0,
     ) -> None:
         super().__init__()
         rate = resample_to or sample_rate
-        self.sample_rate, self.resample_to = sample_rate, resample_to
+        self.sample_rate, self.resample_to, self.least_s = sample_rate, resample_to, least_s
         # As sharp as librosa's "kaiser_best": torchaudio's own default lets 2 % of the band fold back.
         self.resample = None
         if resample_to is not None:
@@ -61,10 +66,13 @@ class FrontEnd(nn.Module):
         self.feature = None if feature is None else _feature(rate, **feature)
 
     @classmethod
-    def of(cls, network: Tagger, sample_rate: int, feature: Feature | None = None) -> FrontEnd:
+    def of(
+        cls, network: Tagger, sample_rate: int, feature: Feature | None = None, least_s: float = 0.0
+    ) -> FrontEnd:
         """The front end that a network is made for, from sound of `sample_rate` Hz.
 
-        `feature` is what the network shall see, where it leaves that open; by default the log-mel.
+        `feature` is what the network shall see, where it leaves that open; by default the log-mel. `least_s`: see the
+        class.
 
         Raises:
             FeatureError: the network takes waveforms, or a log-mel of its own, or a feature of other bins.
@@ -72,13 +80,12 @@ class FrontEnd(nn.Module):
         wanted = network.sample_rate if network.sample_rate != sample_rate else None
         if feature is not None:
             _check_taken(network, feature)
-            return cls(sample_rate, wanted, _said(feature))
+            return cls(sample_rate, wanted, _said(feature), least_s)
         if network.input == "waveform":
-            return cls(sample_rate, wanted)
+            return cls(sample_rate, wanted, None, least_s)
         settings = {k: v for k, v in (network.features or {}).items() if k != "sample_rate"}
-        return cls(
-            sample_rate, wanted, {"name": "logmel", "settings": {**settings, "n_mels": network.in_bins}}
-        )
+        logmel = {"name": "logmel", "settings": {**settings, "n_mels": network.in_bins}}
+        return cls(sample_rate, wanted, logmel, least_s)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -87,7 +94,13 @@ class FrontEnd(nn.Module):
             "sample_rate": self.sample_rate,
             "resample_to": self.resample_to,
             "feature": None if self.feature is None else _said(self.feature),
+            "least_s": self.least_s,
         }
+
+    @property
+    def least(self) -> int:
+        """Samples that shorter sound is padded to with zeros."""
+        return round(self.least_s * self.sample_rate)
 
     @property
     def bins(self) -> int | None:
@@ -96,6 +109,7 @@ class FrontEnd(nn.Module):
 
     def places(self, samples: int) -> int:
         """Frames, or samples at the network's rate, that sound of so many samples gives."""
+        samples = max(samples, self.least)
         if self.resample_to is not None:
             samples = -(-samples * self.resample_to // self.sample_rate)
         return samples if self.feature is None else self.feature.frames(samples)
@@ -113,6 +127,8 @@ class FrontEnd(nn.Module):
             FeatureError: another shape, no samples, or integer samples.
         """
         check_wave(wave)
+        if wave.shape[1] < self.least:
+            wave = self.padded(wave, self.least)
         if self.resample is not None:
             with torch.autocast(wave.device.type, enabled=False):
                 wave = self.resample(wave)

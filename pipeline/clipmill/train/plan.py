@@ -126,7 +126,7 @@ def plan_run(
     feature, rate = _feature(shards, recipe)
     bins = None if feature is None else feature.bins
     network = create_network(recipe.model, len(shards.labels), bins, outline_model)
-    features = FrontEnd.of(network, rate, feature)
+    features = FrontEnd.of(network, rate, feature, recipe.pad_s)
     stored = None
     if isinstance(shards, StoredClips):
         stored = {"place": _absolute(shards.sets[0].store), "spec": shards.spec.sha256}

@@ -20,6 +20,11 @@ def front_end_of(shards: Shards, features: dict[str, Any]) -> FrontEnd | StoredF
     """
     if not isinstance(shards, StoredClips):
         return FrontEnd(**features)
+    if least_s := features.get("least_s"):
+        raise TrainError(
+            f"{shards.place}: holds features of clips as they are, and --pad-s {least_s:g} pads their sound; give "
+            "--shards SHARDS"
+        )
     if features["feature"] is None:
         raise TrainError(
             f"{shards.place}: holds {shards.spec.feature}, and the network takes waveforms; give --shards SHARDS"

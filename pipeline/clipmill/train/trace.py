@@ -54,6 +54,7 @@ class RealFrontEnd(nn.Module):
     def __init__(self, front_end: FrontEnd) -> None:
         super().__init__()
         self.register_buffer("kernel", None)
+        self.padded_to = front_end.least
         if (resample := front_end.resample) is not None:
             self.width = resample.width
             self.step = resample.orig_freq // resample.gcd
@@ -68,6 +69,9 @@ class RealFrontEnd(nn.Module):
 
     def forward(self, wave: Tensor) -> Tensor:
         """See the class."""
+        if self.padded_to:
+            lacking: Any = torch.sym_max(self.padded_to - wave.shape[1], 0)
+            wave = F.pad(wave, (0, lacking))
         if self.kernel is not None:
             # Upwards in whole numbers: ONNX's division would round a negative one the other way.
             samples = (wave.shape[1] * self.phases + self.step - 1) // self.step

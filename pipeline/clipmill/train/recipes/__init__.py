@@ -57,9 +57,12 @@ class Recipe:
             less memory, the same gradient but for BatchNorm, whose statistics are each part's.
         learning_rate: Adam's, and the highest one with "one-cycle".
         schedule: one of `SCHEDULES`.
+        warmup: share of the steps in which the rate of "one-cycle" climbs.
         weight_decay: AdamW's, decoupled, of matrices and kernels alone; 0 is Adam.
         clip_norm: the most that the norm of all gradients may be; 0: not clipped.
         crop_s: seconds cut from each clip at a random place; 0: whole clips.
+        pad_s: seconds that shorter clips are padded to with zeros, in training and whenever the network is asked;
+            0: to whole seconds, as they are in the shards.
         mixup: one of `MIXUPS`.
         specaugment: mask two stripes of frames and two of bins of each clip's log-mel.
         mask_frames: most frames of a stripe, and never more than an eighth of the crop's.
@@ -91,9 +94,11 @@ class Recipe:
     accumulate: int = 1
     learning_rate: float = 2e-4
     schedule: str = "constant"
+    warmup: float = 0.3
     weight_decay: float = 0.0
     clip_norm: float = 0.0
     crop_s: float = 0.0
+    pad_s: float = 0.0
     mixup: str = "between-class"
     specaugment: bool = True
     mask_frames: int = 64
@@ -140,7 +145,9 @@ class Recipe:
             "epochs": (-1, math.inf, "any number above 0"),
             "weight_decay": (-1, 1, "0 (Adam) to below 1"),
             "clip_norm": (-1, math.inf, "0 (not clipped) or any number above"),
+            "warmup": (-1, 1, "0 (none) to below 1"),
             "crop_s": (-1, math.inf, "0 (whole clips) or any number of seconds"),
+            "pad_s": (-1, 3600, "0 (to whole seconds) to an hour, in seconds"),
             "pitch_semitones": (-1, 24.001, "0 (none) to 24"),
             "stretch": (-1, 3.001, "0 (none) to 3, four times as fast or slow"),
             "ema_decay": (-1, 1, "0 to below 1"),
@@ -289,6 +296,7 @@ def describe(recipe: Recipe) -> str:
         f"{recipe.batch_size} clips a step" + (f" in {recipe.accumulate} parts" * (recipe.accumulate > 1)),
         recipe.sampling,
         f"{recipe.crop_s:g} s crops" if recipe.crop_s else "whole clips",
+        f"padded to {recipe.pad_s:g} s" * (recipe.pad_s > 0),
         f"mixup {recipe.mixup}",
         f"pitch by up to {recipe.pitch_semitones:g} semitones" * (recipe.pitch_semitones > 0),
         f"speed by up to {1 + recipe.stretch:g} times" * (recipe.stretch > 0),
@@ -316,15 +324,15 @@ def as_toml(recipe: Recipe) -> str:
 def learning_rate_at(recipe: Recipe, step: int) -> float:
     """The learning rate of a step (from 0): a pure function, so that resuming needs no schedule's state.
 
-    "one-cycle" is Smith's policy with torch's `OneCycleLR` defaults: from a 25th of the highest
-    rate up to it over the first 30 % of the steps and down to a 250,000th, both as half a cosine.
+    "one-cycle" is Smith's policy as torch's `OneCycleLR` has it: from a 25th of the highest rate up
+    to it over `warmup` of the steps and down to a 250,000th, both as half a cosine.
     Adam's momentum stays as it is (the paper does not say that it moves).
     """
     if recipe.schedule == "constant":
         return recipe.learning_rate
     low, high, end = recipe.learning_rate / 25, recipe.learning_rate, recipe.learning_rate / 25e4
-    peak = 0.3 * recipe.steps - 1
-    if step <= peak:
+    peak = recipe.warmup * recipe.steps - 1
+    if peak > 0 and step <= peak:
         return _half_cosine(low, high, step / peak)
     return _half_cosine(high, end, (step - peak) / (recipe.steps - 1 - peak))
 
