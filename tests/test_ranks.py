@@ -45,11 +45,10 @@ def torchrun(*program: object, restarts: int = 0) -> warm.Program:
     return warm.start("torch.distributed.run", *flags, *program)
 
 
-def training(where: Path, out: Path, *more: str, restarts: int = 0) -> warm.Program:
-    """The training command as two ranks."""
-    script = out.with_suffix(".py")
-    script.write_text(f"{SHALLOW}; from clipmill.cli import main; main()")
-    return torchrun(script, *command(where, out, *more)[1:], restarts=restarts)
+def folds_1_and_2(asked: list[str]) -> list[str]:
+    """The command as a cross-validation."""
+    at = asked.index("--fold")
+    return [*asked[:at], "--folds", "1,2", *asked[at + 2 :]]
 
 
 def children(pid: int) -> list[int]:
@@ -133,9 +132,7 @@ def together(easy: Path, tmp_path_factory: pytest.TempPathFactory) -> Together:
     folder = tmp_path_factory.mktemp("together")
     pair = command(easy, folder / "pair", *FLAGS, "--log-batches")[2:]
     flags = ("--steps", "2", "--eval-every", "2", "--mixup", "none", "--access", "random")
-    crossval = command(easy, folder / "cv", *flags)[2:]
-    at = crossval.index("--fold")
-    crossval[at : at + 2] = ["--folds", "1,2"]
+    crossval = folds_1_and_2(command(easy, folder / "cv", *flags)[2:])
     (folder / "together.py").write_text(f"{SHALLOW}\n{_TOGETHER}")
     process = torchrun(folder / "together.py", json.dumps([pair, crossval]))
     out, err = process.communicate(timeout=280)
@@ -169,9 +166,13 @@ def test_ranks_cross_validate_together(together):
 
 @pytest.fixture(scope="module")
 def disturbed(easy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run of which one rank is killed after the first save, and one is told to stop a while after; what it says."""
-    out = tmp_path_factory.mktemp("runs") / "disturbed"
-    process = training(easy, out, *FLAGS, "--steps", "4000", restarts=1)
+    """The first run of a cross-validation, and what it says: a rank is killed after the first save, and a while after
+    one is told to stop."""
+    folder = tmp_path_factory.mktemp("runs") / "disturbed"
+    out, script = folder / "fold1-seed0", folder.with_suffix(".py")
+    script.write_text(f"{SHALLOW}; from clipmill.cli import main; main()")
+    asked = folds_1_and_2(command(easy, folder, *FLAGS, "--steps", "4000")[1:])
+    process = torchrun(script, *asked, restarts=1)
 
     def until(condition: Callable[[], bool]) -> None:
         while not condition():

@@ -272,6 +272,7 @@ def _train(ranks: Ranks, place: str, asked: dict[str, Any], resume: bool, how: d
     """Make one run or several; all ranks do this alike, and the first of them speaks."""
     from clipmill.train.crossval import check_free, cross_validate
     from clipmill.train.device import pick_device
+    from clipmill.train.ranks import launch, restarts
 
     plans, folder, single = _all_planned(ranks, pick_device(place), asked)
     with _until_signalled() as stop:
@@ -281,7 +282,9 @@ def _train(ranks: Ranks, place: str, asked: dict[str, Any], resume: bool, how: d
             if ranks.first and outcome.done:
                 _print_run(outcome.best, outcome.last, folder)
             return DONE if outcome.done else INTERRUPTED
-        ranks.from_first(lambda: check_free(folder, list(plans), resume=resume))
+        ranks.from_first(
+            lambda: check_free(folder, list(plans), resume=resume, launch=launch(), restarts=restarts())
+        )
         summary = cross_validate(
             list(plans), folder, lambda part, place: run(plans[part], place), write=ranks.first
         )

@@ -148,26 +148,34 @@ def start_or_resume(
     Raises:
         TrainError: a run is there and `resume` is not given, or what is there was made otherwise.
     """
-    if (out / FUSION).exists():
-        raise TrainError(f"{out}: holds a fused model; another --out starts a run")
+    resume = goes_on(out, resume=resume, launch=launch, restarts=restarts)
+    saved, notes = look_up(out, config, resume=resume)
     if launch is not None:
-        # "none" is what torchrun calls a start that nobody gave a name.
-        again = (out / LAUNCH).exists() and (out / LAUNCH).read_text() == launch
-        resume = resume or (again and (launch != "none" or restarts > 0))
-        check_unused(out, resume=resume)
         with tables.atomic_write(out / LAUNCH, "w") as file:
             file.write(launch)
+    tables.write_json(out / CONFIG, config)
+    return saved, notes
+
+
+def goes_on(out: Path, *, resume: bool, launch: str | None, restarts: int) -> bool:
+    """Whether a run that is there may be gone on with: that was asked for, or this start of torchrun began it."""
+    again = launch is not None and (out / LAUNCH).exists() and (out / LAUNCH).read_text() == launch
+    # "none" is what torchrun calls a start that nobody gave a name.
+    return resume or (again and (launch != "none" or restarts > 0))
+
+
+def look_up(out: Path, config: dict[str, Any], *, resume: bool) -> tuple[Path | None, list[str]]:
+    """What `start_or_resume` would give, and refuse, without a change to the folder."""
+    if (out / FUSION).exists():
+        raise TrainError(f"{out}: holds a fused model; another --out starts a run")
     if not (out / CONFIG).exists():
-        tables.write_json(out / CONFIG, config)
         return None, [f"--resume: {out} holds no run yet; starting from the beginning"] * resume
     check_unused(out, resume=resume)
     was = read_config(out)
     saved, notes = newest_state(out)
-    if saved is not None:  # else there is nothing that a mended flag would contradict
-        _check_same(out, was, config)
-    tables.write_json(out / CONFIG, config)
-    if saved is None:
+    if saved is None:  # there is nothing that a mended flag would contradict
         return None, [f"--resume: {out} holds no {LAST} yet; starting from the beginning"]
+    _check_same(out, was, config)
     recipe, steps = config["recipe"], was["recipe"]["steps"]
     if recipe["schedule"] == "one-cycle" and recipe["steps"] > steps:
         notes.append(

@@ -149,10 +149,20 @@ def deviation_of(figures: list[dict[str, Any]]) -> dict[str, float | None]:
     return _over(figures, lambda values: stdev(values) if len(values) > 1 else None)
 
 
-def check_free(out: Path, parts: list[Part], *, resume: bool) -> None:
-    """Raise TrainError where some of the runs are there already, and are not to be gone on with."""
-    there = [part.name for part in parts if (out / part.name / checkpoint.CONFIG).exists()]
-    if there and not resume:
+def check_free(
+    out: Path, parts: list[Part], *, resume: bool, launch: str | None = None, restarts: int = 0
+) -> None:
+    """Raise TrainError where some of the runs are there already, and are not to be gone on with.
+
+    `launch` and `restarts` as `checkpoint.start_or_resume` takes them: what torchrun began it goes on with.
+    """
+    there = [
+        part.name
+        for part in parts
+        if (out / part.name / checkpoint.CONFIG).exists()
+        and not checkpoint.goes_on(out / part.name, resume=resume, launch=launch, restarts=restarts)
+    ]
+    if there:
         raise TrainError(
             f"{out}: already holds {len(there)} of these {len(parts)} runs; --resume goes on with them, another --out "
             "starts new ones"
