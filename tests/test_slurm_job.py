@@ -323,3 +323,11 @@ def test_training_as_a_job_of_two_ranks_is_waited_for_by_the_same_command_and_go
     assert re.search(r"stopped at step \d+ of 12: the same command with --resume goes on", log.read_text())
     assert "going on from step" in log.read_text()
     assert re.search(r"last: accuracy \d\.\d+ on 6 clips at step 12", printed)
+    # What has ended is asked for again: only what a job would do is left to one.
+    assert "all of this is finished already" in warm.run(*train, "--resume").stderr
+    other = warm.run(*train, "--resume", "--learning-rate=0.5")
+    assert other.returncode == 1
+    assert re.search(r"this run was begun otherwise: learning_rate was \S+, now 0\.5\. Give", other.stderr)
+    longer = re.search(r"job (\d+): ", warm.run(*train, "--resume", "--steps=16").stderr)
+    assert longer, "more steps train on, as they do here"
+    subprocess.run(["scancel", longer[1]], check=True)

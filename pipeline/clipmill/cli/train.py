@@ -307,7 +307,7 @@ def _submit(
     from clipmill.errors import ConfigError
     from clipmill.run.slurm_job import SlurmJob
     from clipmill.run.slurm_queue import minutes_of
-    from clipmill.train.checkpoint import LAST, check_unused
+    from clipmill.train.checkpoint import LAST, look_up
     from clipmill.train.crossval import CROSSVAL, check_free, stand, summarise, unmade
     from clipmill.train.ranks import Ranks
 
@@ -344,12 +344,12 @@ def _submit(
         console.say(f"what was submitted before has not ended, and is waited for: job {', '.join(ids)}")
         return _waited(job, ids, folder, single)
     job.check_free()
-    if single:
-        check_unused(folder, resume=resume)
-    else:
+    if not single:
         check_free(folder, list(plans), resume=resume)
+    for part, plan in plans.items():  # a job would find it out only when its turn has come
+        look_up(places[part], plan.config, resume=resume)
     # What is finished needs no job.
-    left = [part for part in plans if not stand(places[part]).get("done")]
+    left = [part for part, plan in plans.items() if not stand(places[part], plan.recipe).get("done")]
     if not left:
         console.say(f"{folder}: all of this is finished already")
         return _told(folder, single)

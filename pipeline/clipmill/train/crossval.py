@@ -90,10 +90,14 @@ def refreshed(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def stand(run: Path) -> dict[str, Any]:
-    """Where a run stands, by its own files; nothing where they cannot be read."""
+def stand(run: Path, recipe: Recipe | None = None) -> dict[str, Any]:
+    """Where a run stands, by its own files; nothing where they cannot be read.
+
+    Whether it is done is judged by its recipe, or by that which it is to go on with.
+    """
     try:
-        state, recipe = checkpoint.read_last(run), Recipe(**checkpoint.read_config(run)["recipe"])
+        state = checkpoint.read_last(run)
+        recipe = recipe or Recipe(**checkpoint.read_config(run)["recipe"])
     except (TrainError, ConfigError, TypeError, KeyError):
         return {}
     best, last = state["best"], state["last"]
