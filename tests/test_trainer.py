@@ -414,6 +414,24 @@ def test_cross_validation_makes_all_runs_tells_them_and_goes_on_where_it_was(eas
     assert json.loads((out / "crossval.json").read_text()) == told
 
 
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_a_folder_holds_one_run_or_several_and_never_both(easy, tmp_path, resume):
+    one, several = tmp_path / "one", tmp_path / "several"
+    train(plan_of(easy), one, stop=lambda: True)
+    cross_validate(parts_of([1, 2], 1, 0), several, lambda part, place: Outcome(0, False, 0, None, None))
+    asked = ["--shards", str(easy), *FLAGS.split(), *resume]
+    before = [sorted(folder.iterdir()) for folder in (one, several)]
+    with pytest.raises(
+        TrainError, match=r"one: holds a single run \(config\.json\); several .* another --out"
+    ):
+        train_command.main([*asked, "--folds", "1,2", "--out", str(one)], standalone_mode=False)
+    with pytest.raises(
+        TrainError, match=r"several: holds several runs \(crossval\.json\); --out with .* of one"
+    ):
+        train_command.main([*asked, "--out", str(several)], standalone_mode=False)
+    assert [sorted(folder.iterdir()) for folder in (one, several)] == before
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [

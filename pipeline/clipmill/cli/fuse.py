@@ -94,7 +94,7 @@ def command(
     from clipmill.errors import ConfigError
     from clipmill.loader import Feed
     from clipmill.shards.read import Shards
-    from clipmill.train.crossval import CROSSVAL
+    from clipmill.train.checkpoint import CROSSVAL
     from clipmill.train.device import default_workers, pick_device
     from clipmill.train.fuse import Ways, fuse_runs
     from clipmill.train.fused import check_unused, write_fused

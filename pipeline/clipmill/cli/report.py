@@ -63,8 +63,8 @@ def command(
     from clipmill.report.run_files import part_of
     from clipmill.report.run_page import is_old, write_run_page
     from clipmill.shards.read import Shards
-    from clipmill.train.checkpoint import read_config
-    from clipmill.train.crossval import CROSSVAL, refreshed
+    from clipmill.train.checkpoint import CROSSVAL, read_config
+    from clipmill.train.crossval import refreshed
     from clipmill.train.device import default_workers, pick_device
 
     place = pick_device(device)

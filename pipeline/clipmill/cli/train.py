@@ -307,8 +307,8 @@ def _submit(
     from clipmill.errors import ConfigError
     from clipmill.run.slurm_job import SlurmJob
     from clipmill.run.slurm_queue import minutes_of
-    from clipmill.train.checkpoint import LAST, look_up
-    from clipmill.train.crossval import CROSSVAL, check_free, stand, summarise, unmade
+    from clipmill.train.checkpoint import CROSSVAL, LAST, look_up
+    from clipmill.train.crossval import check_free, stand, summarise, unmade
     from clipmill.train.ranks import Ranks
 
     gpus = (0 if device == "cpu" else 1) if slurm["gpus"] is None else slurm["gpus"]

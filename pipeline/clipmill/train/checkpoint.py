@@ -36,6 +36,8 @@ PREVIOUS, LAUNCH = "previous.pt", "torchrun.id"
 BATCHES = "batches.jsonl"
 FUSION = "fusion.json"
 """What stands instead of config.json in a folder of `pipeline fuse`."""
+CROSSVAL = "crossval.json"
+"""What stands instead of it in a folder that holds several runs."""
 
 FREE = frozenset({
     *("shards", "dataset", "device", "versions", "allow_leak", "stored.place"),
@@ -168,6 +170,11 @@ def look_up(out: Path, config: dict[str, Any], *, resume: bool) -> tuple[Path | 
     """What `start_or_resume` would give, and refuse, without a change to the folder."""
     if (out / FUSION).exists():
         raise TrainError(f"{out}: holds a fused model; another --out starts a run")
+    if (out / CROSSVAL).exists():
+        raise TrainError(
+            f"{out}: holds several runs ({CROSSVAL}); --out with the folder of one goes on with it, another --out "
+            "starts a run"
+        )
     if not (out / CONFIG).exists():
         return None, [f"--resume: {out} holds no run yet; starting from the beginning"] * resume
     check_unused(out, resume=resume)

@@ -11,10 +11,9 @@ from typing import Any
 from clipmill import tables
 from clipmill.errors import ConfigError, TableError, TrainError
 from clipmill.train import checkpoint
+from clipmill.train.checkpoint import CROSSVAL
 from clipmill.train.loop import Outcome, is_over
 from clipmill.train.recipes import Recipe
-
-CROSSVAL = "crossval.json"
 
 FIGURES = ("accuracy", "map", "auc", "d_prime", "f1", "ece", "loss")
 
@@ -54,12 +53,18 @@ def cross_validate(
         evaluations, `last_mean` and `last_deviation` of the last ones; `by_seed`: the mean of each repeat.
     """
     rows = [{**row, **stand(out / row["run"])} for row in unmade(parts)]
-    for row, part in zip(rows, parts, strict=True):
-        outcome = run(part, out / part.name)
-        row |= {"done": outcome.done, "step": outcome.step, "best": outcome.best, "last": outcome.last}
+
+    def summed() -> dict[str, Any]:
         summary = summarise(rows)
         if write:
             tables.write_json(out / CROSSVAL, summary)
+        return summary
+
+    summary = summed()  # before the first is made: so the folder says what it is
+    for row, part in zip(rows, parts, strict=True):
+        outcome = run(part, out / part.name)
+        row |= {"done": outcome.done, "step": outcome.step, "best": outcome.best, "last": outcome.last}
+        summary = summed()
         if not outcome.done:
             break
     return summary
@@ -156,10 +161,14 @@ def deviation_of(figures: list[dict[str, Any]]) -> dict[str, float | None]:
 def check_free(
     out: Path, parts: list[Part], *, resume: bool, launch: str | None = None, restarts: int = 0
 ) -> None:
-    """Raise TrainError where some of the runs are there already, and are not to be gone on with.
+    """Raise TrainError where some of the runs are there already, and are not to be gone on with, or `out` is no folder
+    for several.
 
     `launch` and `restarts` as `checkpoint.start_or_resume` takes them: what torchrun began it goes on with.
     """
+    for name, what in ((checkpoint.CONFIG, "a single run"), (checkpoint.FUSION, "a fused model")):
+        if (out / name).exists():
+            raise TrainError(f"{out}: holds {what} ({name}); several runs take another --out")
     there = [
         part.name
         for part in parts

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clipmill import __version__, tables
 from clipmill.errors import TableError, TrainError
 from clipmill.features import FrontEnd
-from clipmill.train.checkpoint import BEST, CONFIG, FUSION, Described, Run, read_run
+from clipmill.train.checkpoint import BEST, CONFIG, CROSSVAL, FUSION, Described, Run, read_run
 from clipmill.train.fusion import fuse_logits
 from clipmill.train.lengths import longest_s
 from clipmill_models import ModelError, Tagger
@@ -108,7 +108,7 @@ def read_tagger(folder: Path, device: torch.device, weights: str = "best") -> Ru
 
 def check_unused(out: Path) -> None:
     """Raise TrainError where a folder holds a model already."""
-    for name in (FUSION, CONFIG):
+    for name in (FUSION, CONFIG, CROSSVAL):
         if (out / name).exists():
             raise TrainError(f"{out}: already holds a model ({name}); choose another --out")
 

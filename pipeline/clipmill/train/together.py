@@ -16,8 +16,8 @@ from torch import Tensor
 from clipmill.errors import ConfigError, TrainError
 from clipmill.loader import Bad, Feed, check_bad
 from clipmill.shards.read import Shards
-from clipmill.train.checkpoint import BEST, CONFIG, Described, read_config, read_run
-from clipmill.train.crossval import CROSSVAL, runs_of
+from clipmill.train.checkpoint import BEST, CONFIG, CROSSVAL, Described, read_config, read_run
+from clipmill.train.crossval import runs_of
 from clipmill.train.evaluate import choose_clips, fitting, score_clips
 from clipmill.train.lengths import check_heard
 from clipmill.train.split import few, learnt_from
