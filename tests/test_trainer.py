@@ -414,6 +414,31 @@ def test_cross_validation_makes_all_runs_tells_them_and_goes_on_where_it_was(eas
     assert json.loads((out / "crossval.json").read_text()) == told
 
 
+def test_other_folds_that_are_made_later_in_a_folder_join_its_mean_if_they_are_made_alike(tmp_path):
+    # Folds of unlike sizes, so that a pass over the clips takes 2 steps without the first, and 3 without another.
+    where, out = shards_of(tmp_path, fold=[1] * 12 + [2] * 6 + [3] * 6), tmp_path / "cv"
+    asked = ["--shards", str(where), "--out", str(out), *FLAGS.replace("--steps 4", "--epochs 0.5").split()]
+    for folds in ("1", "2"):
+        assert train_command.main([*asked, "--no-page", "--folds", folds], standalone_mode=False) == 0
+    told = json.loads((out / "crossval.json").read_text())
+    assert [(row["run"], row["done"], row["step"]) for row in told["runs"]] == [
+        ("fold1-seed0", True, 2),
+        ("fold2-seed0", True, 3),
+    ]
+    best = [row["best"]["accuracy"] for row in told["runs"]]
+    assert told["mean"]["accuracy"] == pytest.approx(mean(best))
+    for flags, said in (
+        (("--learning-rate", "0.5"), r"learning_rate was \S+, now 0\.5"),
+        (("--epochs", "1"), "steps was 2, now 5"),
+        (("--no-specaugment",), "specaugment was True, now False"),
+    ):
+        begun = rf"fold1-seed0: this run was begun otherwise: {said}\. The mean is over all runs of a folder"
+        with pytest.raises(TrainError, match=begun):
+            train_command.main([*asked, "--folds", "3", *flags], standalone_mode=False)
+    assert not (out / "fold3-seed0").exists()
+    assert json.loads((out / "crossval.json").read_text()) == told
+
+
 @pytest.mark.parametrize("resume", [(), ("--resume",)])
 def test_a_folder_holds_one_run_or_several_and_never_both(easy, tmp_path, resume):
     one, several = tmp_path / "one", tmp_path / "several"

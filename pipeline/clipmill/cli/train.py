@@ -282,8 +282,9 @@ def _train(ranks: Ranks, place: str, asked: dict[str, Any], resume: bool, how: d
             if ranks.first and outcome.done:
                 _print_run(outcome.best, outcome.last, folder)
             return DONE if outcome.done else INTERRUPTED
+        configs = {part: plan.config for part, plan in plans.items()}
         ranks.from_first(
-            lambda: check_free(folder, list(plans), resume=resume, launch=launch(), restarts=restarts())
+            lambda: check_free(folder, configs, resume=resume, launch=launch(), restarts=restarts())
         )
         summary = cross_validate(
             list(plans), folder, lambda part, place: run(plans[part], place), write=ranks.first
@@ -294,7 +295,8 @@ def _train(ranks: Ranks, place: str, asked: dict[str, Any], resume: bool, how: d
             from clipmill.report.folds_page import write_folds_page
 
             _write_page(folder, lambda: write_folds_page(folder))
-    return DONE if all(row["done"] for row in summary["runs"]) else INTERRUPTED
+    done = {row["run"]: row["done"] for row in summary["runs"]}
+    return DONE if all(done[part.name] for part in plans) else INTERRUPTED
 
 
 def _submit(
@@ -308,7 +310,7 @@ def _submit(
     from clipmill.run.slurm_job import SlurmJob
     from clipmill.run.slurm_queue import minutes_of
     from clipmill.train.checkpoint import CROSSVAL, LAST, look_up
-    from clipmill.train.crossval import check_free, stand, summarise, unmade
+    from clipmill.train.crossval import check_free, rows_of, stand, summarise
     from clipmill.train.ranks import Ranks
 
     gpus = (0 if device == "cpu" else 1) if slurm["gpus"] is None else slurm["gpus"]
@@ -345,7 +347,7 @@ def _submit(
         return _waited(job, ids, folder, single)
     job.check_free()
     if not single:
-        check_free(folder, list(plans), resume=resume)
+        check_free(folder, {part: plan.config for part, plan in plans.items()}, resume=resume)
     for part, plan in plans.items():  # a job would find it out only when its turn has come
         look_up(places[part], plan.config, resume=resume)
     # What is finished needs no job.
@@ -357,8 +359,7 @@ def _submit(
         [commands[part] for part in left], f"clipmill-{folder.name}", [places[part] / LAST for part in left]
     )
     if not single:
-        rows = [{**row, **stand(folder / row["run"])} for row in unmade(list(plans))]
-        tables.write_json(folder / CROSSVAL, summarise(rows))
+        tables.write_json(folder / CROSSVAL, summarise(rows_of(folder, plans)))
     for one, part in zip(ids, left, strict=True):
         console.say(f"job {one}: {places[part]}, which says in {job.log(one)} how it goes")
     if slurm["wait"]:

@@ -217,20 +217,35 @@ def newest_state(out: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def _check_same(out: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise TrainError where a resumed run would not be the one that was begun; more steps are allowed."""
+def begun(out: Path) -> dict[str, Any] | None:
+    """The config of a run that has saved its state, None where there is none.
+
+    Raises:
+        TrainError: its files are damaged.
+    """
+    there = (out / CONFIG).exists() and newest_state(out)[0] is not None
+    return read_config(out) if there else None
+
+
+def differing(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of two configs decides the numbers of their runs otherwise, in words; the number of steps aside."""
     was, is_ = _flat(saved), _flat(now)
-    was_steps, now_steps = was.pop("recipe.steps", 0), is_.pop("recipe.steps", 0)
-    differing = [
+    return [
         f"{name.removeprefix('recipe.')} was {_short(was.get(name))}, now {_short(is_.get(name))}"
-        for name in sorted((was.keys() | is_.keys()) - FREE)
+        for name in sorted((was.keys() | is_.keys()) - FREE - {"recipe.steps"})
         if was.get(name) != is_.get(name) and name.split(".")[0] not in FREE
     ]
+
+
+def _check_same(out: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise TrainError where a resumed run would not be the one that was begun; more steps are allowed."""
+    unlike = differing(saved, now)
+    was_steps, now_steps = saved["recipe"]["steps"], now["recipe"]["steps"]
     if now_steps < was_steps:
-        differing.append(f"steps was {was_steps}, now {now_steps}")
-    if differing:
+        unlike.append(f"steps was {was_steps}, now {now_steps}")
+    if unlike:
         raise TrainError(
-            f"{out}: this run was begun otherwise: {'; '.join(differing)}. Give the same flags to --resume it "
+            f"{out}: this run was begun otherwise: {'; '.join(unlike)}. Give the same flags to --resume it "
             "(only --steps may grow), or choose another --out"
         )
 

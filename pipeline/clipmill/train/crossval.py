@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -14,6 +15,8 @@ from clipmill.train import checkpoint
 from clipmill.train.checkpoint import CROSSVAL
 from clipmill.train.loop import Outcome, is_over
 from clipmill.train.recipes import Recipe
+
+_NAME = re.compile(r"(?:fold(\d+)-)?seed(\d+)")  # see `Part.name`
 
 FIGURES = ("accuracy", "map", "auc", "d_prime", "f1", "ece", "loss")
 
@@ -48,32 +51,37 @@ def cross_validate(
         write: whether crossval.json is written: by the first rank alone.
 
     Returns:
-        `main_figure`; `runs`: run, fold, seed, done, step, and the figures of the best and the last evaluation;
+        `main_figure`; `runs`, with those that other calls made in OUT: run, fold, seed, done, step, and the
+        figures of the best and the last evaluation;
         `mean` and `deviation` (of a sample; None of one run) over the runs of the figures of the best
         evaluations, `last_mean` and `last_deviation` of the last ones; `by_seed`: the mean of each repeat.
     """
-    rows = [{**row, **stand(out / row["run"])} for row in unmade(parts)]
+    made: dict[str, dict[str, Any]] = {}
 
     def summed() -> dict[str, Any]:
-        summary = summarise(rows)
+        summary = summarise([{**row, **made.get(row["run"], {})} for row in rows_of(out, parts)])
         if write:
             tables.write_json(out / CROSSVAL, summary)
         return summary
 
     summary = summed()  # before the first is made: so the folder says what it is
-    for row, part in zip(rows, parts, strict=True):
+    for part in parts:
         outcome = run(part, out / part.name)
-        row |= {"done": outcome.done, "step": outcome.step, "best": outcome.best, "last": outcome.last}
+        made[part.name] = {name: getattr(outcome, name) for name in ("done", "step", "best", "last")}
         summary = summed()
         if not outcome.done:
             break
     return summary
 
 
-def unmade(parts: list[Part]) -> list[dict[str, Any]]:
-    """The rows of runs that nothing is known of yet."""
+def rows_of(out: Path, parts: Iterable[Part]) -> list[dict[str, Any]]:
+    """What is known of these runs, and of those that stand beside them in the folder, made by other calls."""
     nothing: dict[str, Any] = {"done": False, "step": 0, "best": None, "last": None}
-    return [{"run": part.name, "fold": part.fold, "seed": part.seed, **nothing} for part in parts]
+    every = sorted({*parts, *_parts_in(out)}, key=lambda part: (part.seed, part.fold or 0))
+    return [
+        {"run": part.name, "fold": part.fold, "seed": part.seed, **nothing, **stand(out / part.name)}
+        for part in every
+    ]
 
 
 def refreshed(folder: Path) -> dict[str, Any]:
@@ -159,27 +167,77 @@ def deviation_of(figures: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def check_free(
-    out: Path, parts: list[Part], *, resume: bool, launch: str | None = None, restarts: int = 0
+    out: Path,
+    configs: Mapping[Part, dict[str, Any]],
+    *,
+    resume: bool,
+    launch: str | None = None,
+    restarts: int = 0,
 ) -> None:
-    """Raise TrainError where some of the runs are there already, and are not to be gone on with, or `out` is no folder
-    for several.
+    """See that runs can be made in a folder or gone on with, and that one mean can be over all that it will hold.
 
-    `launch` and `restarts` as `checkpoint.start_or_resume` takes them: what torchrun began it goes on with.
+    Args:
+        out: the folder.
+        configs: what config.json is to say of each run.
+        resume: see `checkpoint.start_or_resume`.
+        launch: the same.
+        restarts: the same.
+
+    Raises:
+        TrainError: it is no folder for several runs, some of them are there already and are not to be gone on with,
+            or one that is there was begun otherwise.
     """
     for name, what in ((checkpoint.CONFIG, "a single run"), (checkpoint.FUSION, "a fused model")):
         if (out / name).exists():
             raise TrainError(f"{out}: holds {what} ({name}); several runs take another --out")
     there = [
         part.name
-        for part in parts
+        for part in configs
         if (out / part.name / checkpoint.CONFIG).exists()
         and not checkpoint.goes_on(out / part.name, resume=resume, launch=launch, restarts=restarts)
     ]
     if there:
         raise TrainError(
-            f"{out}: already holds {len(there)} of these {len(parts)} runs; --resume goes on with them, another --out "
-            "starts new ones"
+            f"{out}: already holds {len(there)} of these {len(configs)} runs; --resume goes on with them, another "
+            "--out starts new ones"
         )
+    _check_alike(out, configs)
+
+
+def _check_alike(out: Path, configs: Mapping[Part, dict[str, Any]]) -> None:
+    """Raise TrainError where a run that stands in the folder was begun otherwise than those that are to be made."""
+    begun = {part: config for part in _parts_in(out) if (config := checkpoint.begun(out / part.name))}
+    new = next((part for part in configs if part not in begun), next(iter(configs)))
+    now = configs[new]
+    for part, was in begun.items():
+        unlike = checkpoint.differing(_shared(part, was), _shared(new, now))
+        if part not in configs and not _as_long(was, now):
+            unlike.append(f"steps was {was['recipe']['steps']}, now {now['recipe']['steps']}")
+        if unlike:
+            raise TrainError(
+                f"{out / part.name}: this run was begun otherwise: {'; '.join(unlike)}. The mean is over all runs of "
+                "a folder: give the same flags (--steps may grow where --folds, --repeats and --seed name this run "
+                "too), or choose another --out"
+            )
+
+
+def _shared(part: Part, config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config without what differs from run to run."""
+    by_fold = {} if part.fold is None else {"held_out": {"by": "fold", "value": "each"}}
+    return {**config, "seed": "each", "clips": "each", **by_fold}
+
+
+def _as_long(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs make as many steps, or, but for the rounding to a step, as many passes over their clips."""
+    steps, others = one["recipe"]["steps"], other["recipe"]["steps"]
+    clips, theirs = one["clips"]["train"], other["clips"]["train"]
+    return bool(steps == others or abs(steps * theirs - others * clips) < max(clips, theirs))
+
+
+def _parts_in(out: Path) -> list[Part]:
+    """The runs that stand in a folder, by the names of theirs."""
+    found = (_NAME.fullmatch(path.parent.name) for path in out.glob(f"*/{checkpoint.CONFIG}"))
+    return [Part(None if name[1] is None else int(name[1]), int(name[2])) for name in found if name]
 
 
 def _over(
