@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -630,6 +631,45 @@ def test_a_resumed_run_that_was_given_weights_is_the_undisturbed_one(easy, taugh
         train(plan_of(easy), tmp_path / "halves", resume=True)
     train(plan_of(easy, init=taught), tmp_path / "halves", resume=True)
     assert same_state(read_last(tmp_path / "whole"), read_last(tmp_path / "halves"))
+
+
+@pytest.mark.parametrize("where_to", [("--out", "x"), ("--folds", "1", "--model", "erann-3-1")])
+def test_a_run_that_has_saved_its_state_goes_on_whatever_became_of_the_weights_it_began_with(
+    easy, taught, tmp_path, here, monkeypatch, where_to
+):
+    """As for a job that is put back in line: they trained on, and then moved."""
+    monkeypatch.chdir(tmp_path)
+    source = Path(shutil.copytree(taught, tmp_path / "source"))
+    asked = (
+        "train",
+        "--shards",
+        easy,
+        "--device",
+        "cpu",
+        "--eval-every",
+        1,
+        "--crop-s",
+        0.5,
+        "--batch-size",
+        2,
+    )
+    asked = (*asked, "--no-page", "--init", source, *where_to)
+    assert here(*asked, "--steps", 1).returncode == 0
+    [config] = [path for path in tmp_path.rglob("config.json") if source not in path.parents]
+    began = json.loads(config.read_text())["init"]
+    other = config.with_name("best.safetensors")
+    refused = here(*asked, "--steps", 2, "--resume", "--init", other)
+    assert re.search(r"begun otherwise: init\.sha256 was '.*', now '.*'\. ", refused.stderr)
+    shutil.copy(other, source)
+    assert here(*asked, "--steps", 2, "--resume").returncode == 0
+    shutil.rmtree(source)
+    resumed = here(*asked, "--steps", 3, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from step 2 of 3" in resumed.stderr
+    assert json.loads(config.read_text())["init"] == began
+    new = here(*asked, "--steps", 1, "--out", "new")
+    assert new.returncode == 1
+    assert f"{source}: is not there; allowed is" in new.stderr
 
 
 def test_the_command_takes_the_network_of_the_weights_unless_told(easy, taught, tmp_path, here):

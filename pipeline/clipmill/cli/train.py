@@ -336,7 +336,7 @@ def _submit(
         context,
         ("fold", "folds", "seed", "split_seed", "repeats", "out", "resume", "device", "engine", *SLURM),
     )
-    places = {part: folder if single else folder / part.name for part in plans}
+    places = {part: _place(folder, part, asked) for part in plans}
     commands = {part: [sys.executable, "-m", "clipmill", "train", *again] for part in plans}
     for part, place in places.items():
         where = ["--device", "cuda" if gpus else "cpu", "--out", str(place), "--resume"]
@@ -412,9 +412,7 @@ def _all_planned(
     if not ranks.first:
         plans = _plans(device, asked, among or ranks.count, lambda text: None)
     first = next(iter(plans.values()))
-    single = asked["folds"] is None and asked["repeats"] == 1
-    named = first.default_out if single else first.default_out.with_name(_folds_name(first, asked))
-    return plans, asked["out"] or named, single
+    return plans, asked["out"] or _default_folder(first, asked), _is_single(asked)
 
 
 def _plans(
@@ -457,6 +455,7 @@ def _planned(
 ) -> Plan:
     """The plan of one run, and what a person should know of it."""
     from clipmill.loader import Feed
+    from clipmill.train.checkpoint import begun
     from clipmill.train.device import default_workers
     from clipmill.train.plan import plan_run
     from clipmill.train.recipes import choose_recipe, describe
@@ -466,13 +465,15 @@ def _planned(
     workers = default_workers(device, far=shards.far) if asked["workers"] is None else asked["workers"]
     feed = Feed(workers, asked["access"], asked["buffer"], asked["max_bad"], asked["check"])
     if init is not None and fields["model"] is None:
-        fields["model"] = model_of(init)
+        run = None if asked["out"] is None else begun(_place(asked["out"], part, asked))
+        fields["model"] = (run or {}).get("model") or model_of(init)
     recipe, why = choose_recipe(
         shards.name, device.type, asked["recipe_name"], init=init is not None, **fields
     )
     plan = plan_run(
         shards, recipe, device, fold=part.fold, seed=part.seed, split_seed=asked["split_seed"], ranks=ranks,
-        allow_leak=asked["allow_leak"], allow_missing=asked["allow_missing"], where=asked["keep"], init=init, feed=feed,
+        allow_leak=asked["allow_leak"], allow_missing=asked["allow_missing"], where=asked["keep"], init=init,
+        place=lambda plan: _place(asked["out"] or _default_folder(plan, asked), part, asked), feed=feed,
         set_weights=asked["set_weights"],
     )  # fmt: skip
     say(f"{why}\n  {describe(plan.recipe)}, {plan.config['loss']}, on {device}")
@@ -525,10 +526,22 @@ def _write_page(folder: Path, write: Callable[[], Path]) -> None:
         console.say(f"no page: {error or type(error).__name__}; `pipeline report {folder}` tries again")
 
 
-def _folds_name(plan: Plan, asked: dict[str, Any]) -> str:
-    """Of the folder that holds several runs."""
+def _is_single(asked: dict[str, Any]) -> bool:
+    """Whether one run is asked for, whose folder --out is."""
+    return asked["folds"] is None and asked["repeats"] == 1
+
+
+def _default_folder(plan: Plan, asked: dict[str, Any]) -> Path:
+    """Where the runs go, one or several, that are not told where; `plan` is that of any."""
+    if _is_single(asked):
+        return plan.default_out
     tag = "folds" if asked["folds"] is not None else f"{plan.split.tag}-repeats"
-    return plan.named(tag).name
+    return plan.named(tag)
+
+
+def _place(folder: Path, part: Part, asked: dict[str, Any]) -> Path:
+    """The folder of one of the runs."""
+    return folder if _is_single(asked) else folder / part.name
 
 
 def _print_run(best: dict[str, Any] | None, last: dict[str, Any] | None, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from clipmill.train.prepare import crop_samples
 from clipmill.train.recipes import Recipe
 from clipmill.train.sees import front_end_of
 from clipmill.train.split import Split, choose_split, few
-from clipmill.train.transfer import features_of, initialise
+from clipmill.train.transfer import began_with, features_of, initialise
 from clipmill_models import ModelError, Tagger, create_model, outline_model
 
 
@@ -80,6 +80,7 @@ def plan_run(
     allow_missing: bool = False,
     where: str | None = None,
     init: Path | None = None,
+    place: Callable[[Plan], Path] | None = None,
     feed: Feed = Feed(),  # noqa: B008 - frozen
     set_weights: Sequence[float] | None = None,
 ) -> Plan:
@@ -98,6 +99,8 @@ def plan_run(
         where: an expression as `Shards.where` takes it: the run then neither learns from other clips nor holds
             them out.
         init: what `transfer.read_weights` takes: the run starts from those weights.
+        place: where the run is to be, given its plan without them. One that began there with `init` and has saved
+            its state has weights of its own: `init` is not read again, and may have changed or gone.
         feed: how clips are read.
         set_weights: one for each of the sets of `shards`: what share of the clips to learn from comes from each.
 
@@ -163,10 +166,6 @@ def plan_run(
     check_heard(network, sees, int(shards.samples[split.held_out].max()), "the longest clip held out")
     notes = [f"{len(split.train)} clips to train on, {len(split.held_out)} held out: {split.why}"]
     notes += _unlearnable(shards, split, allow_missing)
-    if init is not None:
-        transferred, config["init"] = initialise(network, init, shards.labels, loss)
-        _check_features(init, features)
-        notes = [f"weights of {init}: {'; '.join(transferred.lines())}", *notes]
     if network.input == "waveform":
         if recipe.mixup in ("between-class-logmel", "standard-features"):
             raise ConfigError(
@@ -183,7 +182,15 @@ def plan_run(
         )
     if feed.access == "stream":
         notes.append(NO_PROMISE)
-    return Plan(shards, split, clips, sampler, recipe, seed, device, init, feed, config, tuple(notes))
+    plan = Plan(shards, split, clips, sampler, recipe, seed, device, init, feed, config, tuple(notes))
+    if init is None:
+        return plan
+    if place is not None and (origin := began_with(place(plan), init)):
+        return replace(plan, config={**config, "init": origin})
+    transferred, origin = initialise(network, init, shards.labels, loss)
+    _check_features(init, features)
+    note = f"weights of {init}: {'; '.join(transferred.lines())}"
+    return replace(plan, config={**config, "init": origin}, notes=(note, *notes))
 
 
 def create_network(

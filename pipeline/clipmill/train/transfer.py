@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipmill import tables
 from clipmill.errors import TrainError
-from clipmill.train.checkpoint import BEST, CONFIG, FUSION, LAST, read_config
+from clipmill.train.checkpoint import BEST, CONFIG, FUSION, LAST, begun, read_config
 from clipmill_models import ModelError, Tagger
 from clipmill_models.transfer import Transferred, load_matching
 
@@ -59,6 +59,21 @@ def initialise(
         "head": "kept" if kept else "fresh",
     }
     return transferred, origin
+
+
+def began_with(run: Path, source: Path) -> dict[str, Any] | None:
+    """What config.json says of the weights that a run began with, where they were those of `source`.
+
+    None where they were not, and of a run that has not saved weights of its own yet.
+
+    Raises:
+        TrainError: the run's files are damaged.
+    """
+    said: dict[str, Any] | None = (begun(run) or {}).get("init")
+    if said is None:
+        return None
+    file = Path(said["from"])
+    return said if source.resolve() in (file.resolve(), file.parent.resolve()) else None
 
 
 def model_of(source: Path) -> str | None:
