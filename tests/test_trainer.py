@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clipmill.cli.train import command as train_command
 from clipmill.errors import ClipmillError, ConfigError, TrainError
 from clipmill.features import FrontEnd
-from clipmill.loader import Batch, Loader
+from clipmill.loader import Batch, Feed, Loader
 from clipmill.shards.read import Shards
 from clipmill.train.crossval import Part, cross_validate, parts_of, refreshed
 from clipmill.train.learner import Learner, backward, make_optimizer
@@ -90,6 +90,26 @@ def test_bf16_on_a_cpu_where_torch_is_not_sound_is_told(easy):
         "--precision fp32 is safe" in note for note in plan_of(easy, replace(TINY, precision="bf16")).notes
     )
     assert not any("bf16" in note for note in plan_of(easy).notes)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_that_runs_out_is_named_with_the_flags_that_take_less(easy, tmp_path, workers):
+    endless = plan_of(easy, replace(TINY, crop_s=1e8), feed=Feed(workers))
+    said = (
+        "memory runs out with 4 clips of 1e+08 s in each step; each of these takes less: a smaller --batch-size, "
+        "--accumulate 2, a shorter --crop-s"
+    )
+    with pytest.raises(TrainError, match=f"^{re.escape(said)}$"):
+        train(endless, tmp_path)
+
+
+def test_what_a_gpu_has_no_room_for_in_a_step_is_named_alike(easy, tmp_path, monkeypatch):
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Learner, "step", full)
+    with pytest.raises(TrainError, match=r"^memory runs out with 1 clip of up to 2 s in each step; "):
+        train(plan_of(easy, replace(TINY, batch_size=1, crop_s=0.0)), tmp_path)
 
 
 def test_gradients_are_clipped_to_the_norm(easy):

@@ -23,6 +23,7 @@ from clipmill.train.plan import Plan
 from clipmill.train.prepare import read_samples
 from clipmill.train.ranks import Ranks, launch, restarts
 from clipmill.train.recipes import Recipe, learning_rate_at
+from clipmill.train.timing import within_memory
 
 ALONE = Ranks()
 
@@ -73,7 +74,7 @@ def train(
         stop: asked after each step, and while evaluating; where it is True on any rank, all save and return.
 
     Raises:
-        TrainError: see `checkpoint.start_or_resume`; or the loss is no longer finite.
+        TrainError: see `checkpoint.start_or_resume`; memory runs out; or the loss is no longer finite.
         ShardError: more clips than `plan.feed.max_bad` allows cannot be read.
     """
     with ExitStack() as held:
@@ -93,10 +94,11 @@ def train(
             return Outcome(start, True, 0, best, last)
         if start:
             say(f"going on from step {start} of {plan.recipe.steps}")
-        learner = Learner(plan, ranks, state)
-        with Log(out, start, ranks, sinks, say) as log:
-            so_far = Outcome(start, False, 0, best, last)
-            return _learn(plan, learner, so_far, out, log, log_batches, save_every, ranks, update, stop)
+        so_far = Outcome(start, False, 0, best, last)
+        with within_memory(_too_much(plan, ranks)):
+            learner = Learner(plan, ranks, state)
+            with Log(out, start, ranks, sinks, say) as log:
+                return _learn(plan, learner, so_far, out, log, log_batches, save_every, ranks, update, stop)
 
 
 def _learn(
@@ -193,6 +195,21 @@ def batches_of(
         ranks=ranks.count,
     )
     return loader.batches(start, recipe.steps)
+
+
+def _too_much(plan: Plan, ranks: Ranks) -> str:
+    """What memory ran out with, and the flags that would take less of it."""
+    recipe, own = plan.recipe, plan.recipe.batch_size // ranks.count
+    seconds = recipe.crop_s or int(plan.clips.samples.max()) / plan.clips.sample_rate
+    mends = {
+        "a smaller --batch-size": own > 1,
+        f"--accumulate {2 * recipe.accumulate}": recipe.accumulate < own,
+        "a shorter --crop-s": True,
+        "--precision bf16": recipe.precision == "fp32" and plan.device.type == "cuda",
+    }
+    each = "each step" if ranks.count == 1 else f"each step of each of {ranks.count} ranks"
+    what = f"{own} clip{'s' * (own > 1)} of {'' if recipe.crop_s else 'up to '}{seconds:g} s in {each}"
+    return f"{what}; each of these takes less: {', '.join(mend for mend, helps in mends.items() if helps)}"
 
 
 @contextmanager

@@ -172,6 +172,6 @@ def says_out_of_memory(error: BaseException | None) -> bool:
     if error is None:
         return False
     # On a CPU, and from cuBLAS, it is a plain RuntimeError; a compiled network wraps the error in its own.
-    words = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    words = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "bad_alloc")
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or any(w in str(error).lower() for w in words) or says_out_of_memory(error.__cause__)
