@@ -186,6 +186,15 @@ def test_a_window_longer_than_the_batch_is_filled_with_zeros() -> None:
     assert cropped.sum(1).tolist() == [10, 4]
 
 
+def test_a_window_of_which_less_is_needed_may_reach_past_the_clip() -> None:
+    wave = torch.arange(1, 11).expand(2, 10)
+    lengths, needed, u = torch.tensor([10, 6]), torch.tensor([6, 8]), torch.ones(2, dtype=torch.float64)
+    assert crop(wave, lengths, 10, u, needed).tolist() == [
+        [5, 6, 7, 8, 9, 10, 0, 0, 0, 0],
+        [1, 2, 3, 4, 5, 6, 0, 0, 0, 0],
+    ]
+
+
 def test_to_float_is_exact_division_by_32768() -> None:
     pcm = torch.tensor([-32768, -1, 0, 1, 32767], dtype=torch.int16)
     assert to_float(pcm).tolist() == [-1.0, -1 / 32768, 0.0, 1 / 32768, 32767 / 32768]

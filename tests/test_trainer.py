@@ -223,6 +223,54 @@ def test_what_may_be_played_faster_is_read_for_longer(easy, tmp_path):
     )
 
 
+def heard_of(lengths_s: list[float], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """From where to where crops of 4 s, at 0.8 to 1.25 times the speed, are heard of clips read up to 5 s: seconds `[B]`.
+
+    The clips are tones that rise by 400 Hz a second, so that a pitch says where it stands.
+    """
+    time_s, lengths = torch.arange(5 * RATE) / RATE, (torch.tensor(lengths_s) * RATE).long()
+    tone = (3000 * torch.sin(2 * math.pi * (500 + 200 * time_s) * time_s)).short()
+    waves = tone.repeat(len(lengths), 1).masked_fill(time_s >= lengths[:, None] / RATE, 0)
+    batch = Batch(waves, lengths, torch.eye(len(lengths)), torch.arange(len(lengths)))
+    recipe = replace(PLAIN, crop_s=4.0, stretch=0.25)
+    sound, _ = Preparation(recipe, FrontEnd(RATE), seed)(batch, 0)
+    assert sound.shape == (len(lengths), 4 * RATE)
+    tenths = sound.unflatten(1, (-1, RATE // 10)) * torch.hann_window(RATE // 10)
+    loudest_s = (10.0 * torch.fft.rfft(tenths).abs().argmax(2) - 500) / 400
+    return loudest_s[:, 0], loudest_s.amax(1)
+
+
+def test_a_stretched_crop_is_heard_from_any_place_where_it_fits():
+    clips = [5.0] * 200
+    first, last = heard_of(clips)
+    lasts = last - first
+    room = 5 - lasts
+    assert lasts.min() == pytest.approx(3.2, abs=0.2)
+    assert lasts.max() == pytest.approx(5.0, abs=0.2)
+    roomy = room > 1
+    place = first[roomy] / room[roomy]
+    assert place.mean() == pytest.approx(1 / 2, abs=0.1)
+    assert place.std() == pytest.approx(1 / math.sqrt(12), abs=0.05)
+    assert last[roomy].max() > 4.8, "the end of the clip, not at the highest speed alone"
+    assert torch.equal(heard_of(clips)[0], first)
+    assert not torch.equal(heard_of(clips, seed=1)[0], first)
+
+
+def test_a_clip_shorter_than_its_stretched_crop_is_heard_from_its_beginning_to_its_end():
+    lengths_s = [3.0, 2.0, 1.0] * 10
+    first, last = heard_of(lengths_s)
+    assert first.max() < 0.15
+    torch.testing.assert_close(last, torch.tensor(lengths_s), rtol=0, atol=0.15)
+
+
+def test_what_is_read_in_part_is_stretched_as_what_came_whole(easy):
+    recipe = replace(PLAIN, crop_s=0.8, stretch=0.25)
+    shards, features = Shards.open(easy), FrontEnd(RATE)
+    read, whole = (Loader(shards, 8, crop=crop).assemble(2).batch for crop in (read_samples(recipe, RATE), 0))
+    prepare = Preparation(recipe, features, 0)
+    assert torch.equal(prepare(read, 2)[0], prepare(whole, 2)[0])
+
+
 # Ending early
 
 

@@ -279,13 +279,18 @@ def rank_positions(step: int, batch_size: int, rank: int, ranks: int) -> Rows:
     return np.arange(step * batch_size + rank, (step + 1) * batch_size, ranks, dtype=np.int64)
 
 
+def crop_places(seed: int, positions: Rows) -> NDArray[np.float64]:
+    """Where in the room that it has the crop of the clip at each position begins: float64 `[k]`, 0 to below 1."""
+    return uniform(key(seed, _CROP, positions))
+
+
 def crop_starts(seed: int, positions: Rows, samples: Rows, crop: int) -> Rows:
     """Where the crop of `crop` samples begins in the clip at each position: int64 `[k]`, uniform over all places.
 
     `samples`, `[k]`, is how long the clips are; a shorter one begins at 0.
     """
     rooms = np.maximum(samples - crop, 0) + 1
-    return (uniform(key(seed, _CROP, positions)) * rooms).astype(np.int64)
+    return (crop_places(seed, positions) * rooms).astype(np.int64)
 
 
 def draws(seed: int, positions: Rows, count: int) -> NDArray[np.float64]:

@@ -26,7 +26,7 @@ from clipmill.augment import (
     to_float,
 )
 from clipmill.features import FrontEnd, StoredFrontEnd
-from clipmill.loader import Batch, draws
+from clipmill.loader import Batch, crop_places, draws
 from clipmill.train.ranks import Ranks
 from clipmill.train.recipes import LOUDEST_SNR_DB, Recipe
 
@@ -78,7 +78,8 @@ class Preparation:
             waves = crop(waves, lengths, wanted, self.ranks.own(u["crop"])[:, 0])
         elif not wanted and self.ranks.count > 1:
             waves = self.features.padded(waves, self.ranks.widest(waves.shape[1]))
-        sound = self._changed(to_float(waves), {name: self.ranks.own(part) for name, part in u.items()})
+        own = {name: self.ranks.own(part) for name, part in u.items()}
+        sound = self._changed(to_float(waves), lengths.clamp(max=waves.shape[1]), own)
         gain = loudness_db(sound, rate) if recipe.mixup.startswith("between-class") else None
         if recipe.mixup in ("standard", "between-class"):
             sound, targets = self._mixed(sound, targets, gain, u)
@@ -95,18 +96,26 @@ class Preparation:
         """Uniform numbers for the clips of the whole step, those of other ranks too: float64 `[count * B, numbers]`."""
         size = clips * self.ranks.count
         positions: NDArray[np.int64] = np.arange(step * size, (step + 1) * size, dtype=np.int64)
-        table = torch.from_numpy(draws(self.seed, positions, sum(_USES.values())))
+        numbers = draws(self.seed, positions, sum(_USES.values()))
+        # The loader's own: of a crop within what was read, all places in the clip are then as likely.
+        numbers[:, 0] = crop_places(self.seed, positions)
+        table = torch.from_numpy(numbers)
         if device.type == "cuda":  # one copy for all of them, that nobody waits for
             table = table.pin_memory().to(device, non_blocking=True)
         return dict(zip(_USES, table.split(list(_USES.values()), 1), strict=True))
 
-    def _changed(self, sound: Tensor, u: dict[str, Tensor]) -> Tensor:
-        """Each clip stretched, shifted in pitch and made noisy by its own numbers: `[B, crop]`."""
+    def _changed(self, sound: Tensor, lengths: Tensor, u: dict[str, Tensor]) -> Tensor:
+        """Each clip stretched, shifted in pitch and made noisy by its own numbers: `[B, crop]`.
+
+        More was read than is heard at most speeds: what is heard begins at a random place of it.
+        """
         recipe, rate = self.recipe, self.features.sample_rate
         if recipe.stretch:
             fastest = 1 + recipe.stretch
             speeds = torch.exp((2 * u["stretch"][:, 0] - 1) * math.log(fastest)).float()
             samples = crop_samples(recipe, rate) or sound.shape[1]
+            heard = (samples * speeds.double()).ceil().long()
+            sound = crop(sound, lengths, sound.shape[1], u["crop"][:, 0], heard)
             sound = time_stretch(sound, speeds, 1 / fastest, samples, rate)
         if recipe.pitch_semitones:
             semitones = ((2 * u["pitch"][:, 0] - 1) * recipe.pitch_semitones).float()
