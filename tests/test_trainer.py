@@ -21,14 +21,16 @@ from clipmill.errors import ClipmillError, ConfigError, TrainError
 from clipmill.features import FrontEnd
 from clipmill.loader import Batch, Feed, Loader
 from clipmill.shards.read import Shards
+from clipmill.train.checkpoint import read_run
 from clipmill.train.crossval import Part, cross_validate, parts_of, refreshed
+from clipmill.train.export import export_run
 from clipmill.train.learner import Learner, backward, make_optimizer
 from clipmill.train.log import Meter
 from clipmill.train.loop import Outcome, train
 from clipmill.train.objective import clip_loss
 from clipmill.train.prepare import Preparation, crop_samples, read_samples
 from clipmill.train.ranks import Ranks
-from test_train import RATE, TINY, lines, plan_of, shards_of
+from test_train import CPU, RATE, TINY, lines, plan_of, shards_of
 
 pytestmark = pytest.mark.usefixtures("shallow")
 
@@ -296,15 +298,18 @@ def test_a_recipe_made_for_trained_weights_asks_for_them(easy):
 
 
 def test_weights_that_know_another_log_mel_are_not_gone_on_from(easy, tmp_path):
-    """As of a run at another sample rate: its bins mean other sounds."""
+    """As of a run at another sample rate, or a file exported from it: its bins mean other sounds."""
     source = tmp_path / "source"
     train(plan_of(easy), source)
     config = json.loads((source / "config.json").read_text())
-    config["features"]["sample_rate"] = config["features"]["feature"]["settings"]["sample_rate"] = 44100
+    config["features"] = FrontEnd(44100, feature={"name": "logmel"}).config
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(TrainError, match=r"source: was trained on another logmel \(sample_rate 44100 and not 16000\); "
-                       r"`pipeline shard --sample-rate 44100` makes shards that fit a rate"):  # fmt: skip
-        plan_of(easy, init=source)
+    exported = tmp_path / "source.safetensors"
+    export_run(read_run(source, CPU), "safetensors", exported)
+    for init in (source, exported):
+        said = f"{re.escape(str(init))}: was trained on another logmel .*sample_rate 44100 and not 16000"
+        with pytest.raises(TrainError, match=f"^{said}.*`pipeline shard --sample-rate 44100` makes shards"):
+            plan_of(easy, init=init)
 
 
 def test_ranks_that_cannot_share_a_batch_are_told_before_anything_is_written(easy):

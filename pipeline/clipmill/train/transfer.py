@@ -82,20 +82,16 @@ def model_of(source: Path) -> str | None:
     Raises:
         TrainError: the run's config or the file is damaged.
     """
-    if source.is_dir():
-        return read_config(source).get("model") if (source / CONFIG).is_file() else None
-    if source.suffix != ".safetensors" or not source.is_file():
-        return None
-    return _safetensors(source, with_tensors=False)[1].get("model")
+    return _said_by(source).get("model")
 
 
 def features_of(source: Path) -> dict[str, Any] | None:
-    """What the network of a run's folder was trained on, as `FrontEnd.config` says it; None where it is not known.
+    """What a run, or a file exported from one, was trained on, as `FrontEnd.config` says it; None: it is not known.
 
     Raises:
-        TrainError: the run's config is damaged.
+        TrainError: the run's config or the file is damaged.
     """
-    found = read_config(source).get("features") if (source / CONFIG).is_file() else None
+    found = _said_by(source).get("features")
     return found if isinstance(found, dict) else None
 
 
@@ -134,6 +130,15 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, {"from": str(path), "sha256": digest, "bytes": size, "weights": weights, **about}
 
 
+def _said_by(source: Path) -> dict[str, Any]:
+    """What a run's config.json says, or the header of a file that `pipeline export` made of one; else nothing."""
+    if (source / CONFIG).is_file():
+        return read_config(source)
+    if source.suffix == ".safetensors" and source.is_file():
+        return _safetensors(source, with_tensors=False)[1]
+    return {}
+
+
 def _of_run(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The file of a run's weights, and its labels and loss."""
     if not any((folder / name).is_file() for name in (CONFIG, FUSION)):
@@ -148,7 +153,7 @@ def _of_run(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _safetensors(path: Path, *, with_tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors, and labels, loss and model where `pipeline export` wrote the file."""
+    """Tensors, and labels, loss, model and features where `pipeline export` wrote the file."""
     try:
         with safe_open(path, framework="pt") as file:
             said = file.metadata() or {}
@@ -156,7 +161,7 @@ def _safetensors(path: Path, *, with_tensors: bool = True) -> tuple[dict[str, Te
             state = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise TrainError(f"{path}: cannot be read as safetensors ({error})") from error
-    about = ("labels", "loss", "model")
+    about = ("labels", "loss", "model", "features")
     if not said.keys() >= set(about):
         return state, {}
     try:
