@@ -161,6 +161,17 @@ def test_a_compiled_run_in_bf16_learns_on_a_gpu_and_goes_on(easy, tmp_path):
     assert train(plan, tmp_path, resume=True).done
 
 
+def test_a_network_that_cannot_be_compiled_names_the_flag(easy, tmp_path, monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with (
+        config.patch({"cpp.cxx": (None, "/nonexistent/compiler")}),
+        pytest.raises(TrainError, match=r"^--compile: .*; without --compile nothing needs a compiler$"),
+    ):
+        train(plan_of(easy, replace(TINY, compile=True)), tmp_path / "run")
+
+
 # Augmentation of a batch
 
 

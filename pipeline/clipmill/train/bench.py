@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipmill.errors import ConfigError, TrainError
+from clipmill.errors import ConfigError
 from clipmill.features import FrontEnd
+from clipmill.train.compiling import compiling
 from clipmill.train.timing import (
     MATRIX,
     WARM_UP,
@@ -134,7 +135,7 @@ def bench_models(
     settings = settings.on(device)
     rows: list[dict[str, Any]] = []
     plans = [_plan(name, settings.seconds) for name in settings.models]
-    with true_float32(device), _compiling(settings) if settings.compile else nullcontext():
+    with true_float32(device), _all_compiled(settings) if settings.compile else nullcontext():
         update(0, "measuring the rate of a matrix product")
         rate = matrix_rate(device, DTYPES[settings.dtype])
         subjects = {plan[0].name: _subject(*plan, settings, device) for plan in plans}
@@ -155,18 +156,13 @@ def bench_models(
 
 
 @contextmanager
-def _compiling(settings: BenchSettings) -> Iterator[None]:
+def _all_compiled(settings: BenchSettings) -> Iterator[None]:
     """Room for every compiled network; what the compiler cannot do becomes a TrainError."""
     from torch._dynamo import config
-    from torch._dynamo.exc import TorchDynamoException
 
     # All are compiled behind one function, which gives up after its eighth variant and runs the rest slowly.
-    try:
-        with config.patch(recompile_limit=8 + 2 * len(settings.models) * len(settings.batches)):
-            yield
-    except TorchDynamoException as error:
-        what = str(error).strip().splitlines()[0]
-        raise TrainError(f"--compile: {what}; without --compile nothing needs a compiler") from error
+    with config.patch(recompile_limit=8 + 2 * len(settings.models) * len(settings.batches)), compiling():
+        yield
 
 
 def _plan(name: str, seconds: float) -> tuple[Tagger, int, int]:

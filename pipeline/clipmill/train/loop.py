@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from clipmill import tables
 from clipmill.loader import Bad, Batch, Damage, Digest, check_bad
 from clipmill.train import checkpoint
+from clipmill.train.compiling import compiling
 from clipmill.train.held_out import Stopped, main_value, score_held_out
 from clipmill.train.learner import Learner
 from clipmill.train.log import Log, MakeSink, Meter
@@ -74,7 +75,8 @@ def train(
         stop: asked after each step, and while evaluating; where it is True on any rank, all save and return.
 
     Raises:
-        TrainError: see `checkpoint.start_or_resume`; memory runs out; or the loss is no longer finite.
+        TrainError: see `checkpoint.start_or_resume`; memory runs out; the network cannot be compiled; or the
+            loss is no longer finite.
         ShardError: more clips than `plan.feed.max_bad` allows cannot be read.
     """
     with ExitStack() as held:
@@ -95,7 +97,7 @@ def train(
         if start:
             say(f"going on from step {start} of {plan.recipe.steps}")
         so_far = Outcome(start, False, 0, best, last)
-        with within_memory(_too_much(plan, ranks)):
+        with compiling() if plan.recipe.compile else nullcontext(), within_memory(_too_much(plan, ranks)):
             learner = Learner(plan, ranks, state)
             with Log(out, start, ranks, sinks, say) as log:
                 return _learn(plan, learner, so_far, out, log, log_batches, save_every, ranks, update, stop)
