@@ -336,6 +336,21 @@ def test_a_flag_that_kept_a_run_from_its_first_step_can_be_mended(easy, tmp_path
     assert train(plan_of(easy), tmp_path, resume=True).done
 
 
+def test_a_run_that_has_nothing_to_show_keeps_its_folder_from_no_other(easy, tmp_path):
+    """As where --wandb cannot log in: the same command, or another, begins there without --resume."""
+
+    def refusing(out: Path, start: int) -> Any:
+        raise ConfigError("--wandb clipmill: no API key")
+
+    with pytest.raises(ConfigError, match="no API key"):
+        train(plan_of(easy), tmp_path, sinks=[refusing])
+    said: list[str] = []
+    assert train(plan_of(easy, fold=3), tmp_path, say=said.append).done
+    assert said == []
+    with pytest.raises(TrainError, match="already holds a run"):
+        train(plan_of(easy), tmp_path)
+
+
 def test_torchrun_goes_on_with_the_run_that_it_began_and_with_no_other(easy, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
     train(plan_of(easy), tmp_path)

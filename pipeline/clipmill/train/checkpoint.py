@@ -181,7 +181,7 @@ def look_up(out: Path, config: dict[str, Any], *, resume: bool) -> tuple[Path | 
     was = read_config(out)
     saved, notes = newest_state(out)
     if saved is None:  # there is nothing that a mended flag would contradict
-        return None, [f"--resume: {out} holds no {LAST} yet; starting from the beginning"]
+        return None, [f"--resume: {out} holds no {LAST} yet; starting from the beginning"] * resume
     _check_same(out, was, config)
     recipe, steps = config["recipe"], was["recipe"]["steps"]
     if recipe["schedule"] == "one-cycle" and recipe["steps"] > steps:
@@ -192,8 +192,16 @@ def look_up(out: Path, config: dict[str, Any], *, resume: bool) -> tuple[Path | 
 
 
 def check_unused(out: Path, *, resume: bool) -> None:
-    """Raise TrainError where a run is there, and is not to be gone on with."""
-    if (out / CONFIG).exists() and not resume:
+    """Raise TrainError where a run is there, and is not to be gone on with.
+
+    One that ended before it had anything to show, as where --wandb cannot log in, keeps no folder from the next.
+    """
+    files = (out / name for name in (METRICS, LAST, PREVIOUS, BEST))
+    if (
+        not resume
+        and (out / CONFIG).exists()
+        and any(path.exists() and path.stat().st_size for path in files)
+    ):
         raise TrainError(
             f"{out}: already holds a run; --resume goes on with it, another --out starts a new one"
         )
