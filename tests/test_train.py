@@ -23,6 +23,7 @@ from torch import nn
 import warm
 from clipmill import tables
 from clipmill.cli.evaluate import command as evaluate_command
+from clipmill.cli.train import _run
 from clipmill.errors import ConfigError, ShardError, TableError, TrainError
 from clipmill.features import FrontEnd
 from clipmill.loader import Feed, Loader
@@ -38,6 +39,7 @@ from clipmill.train.loop import Outcome, train
 from clipmill.train.objective import choose_loss, clip_loss
 from clipmill.train.plan import Plan, plan_run
 from clipmill.train.prepare import Preparation
+from clipmill.train.ranks import Ranks
 from clipmill.train.recipes import Recipe
 from clipmill.train.split import choose_split, held_out_again
 from conftest import SHALLOW
@@ -246,6 +248,18 @@ def test_sigterm_saves_the_step_it_stands_at_and_says_how_to_go_on(easy, tmp_pat
     assert "--resume goes on" in said
     assert "Traceback" not in said
     assert f"stopped at step {read_last(tmp_path)['step']} of 4000" in said
+
+
+def test_told_to_stop_when_all_is_done_but_the_page_a_run_is_done_without_it(easy, tmp_path, capsys):
+    how = {"log_batches": False, "save_every": None, "page": True, "wandb": None}
+    plan = plan_of(easy, replace(TINY, eval_every=TINY.steps))  # which is saved once, at its end
+    outcome = _run(plan, tmp_path, ranks=Ranks(), stop=(tmp_path / "last.pt").exists, resume=False, how=how)
+    assert outcome.done
+    assert not (tmp_path / "report.html").exists()
+    said = f"no page: told to stop, when all else was done; `pipeline report {tmp_path}` makes it"
+    assert said in capsys.readouterr().err
+    assert _run(plan, tmp_path, ranks=Ranks(), stop=lambda: False, resume=True, how=how).done
+    assert (tmp_path / "report.html").exists()
 
 
 def test_stopping_and_resuming_in_one_process_changes_nothing(easy, tmp_path):

@@ -511,17 +511,37 @@ def _run(
     elif not outcome.ran:
         say(f"{folder}: this run is finished already ({outcome.step} steps); --steps N trains on")
     if ranks.first and how["page"] and outcome.done and outcome.best:
-        from clipmill.report.run_page import PAGE, write_run_page
+        from clipmill.report.run_page import PAGE
 
         if outcome.ran or not (folder / PAGE).exists():
-            _write_page(folder, lambda: write_run_page(folder, plan.shards, plan.device, feed=plan.feed))
+            _write_page(folder, partial(_run_page, plan, folder, stop))
     return outcome
+
+
+def _run_page(plan: Plan, folder: Path, stop: Callable[[], bool]) -> Path:
+    """Write the page of a run, for which its clips are scored again; raises Stopped where that is to end."""
+    from clipmill.report.run_page import write_run_page
+    from clipmill.train.held_out import Stopped
+
+    with console.progress("scoring for the page", len(plan.split.held_out), "clips") as show:
+
+        def update(done: int, facts: str) -> None:
+            if stop():
+                raise Stopped
+            show(done, facts)
+
+        update(0, "")
+        return write_run_page(folder, plan.shards, plan.device, feed=plan.feed, update=update)
 
 
 def _write_page(folder: Path, write: Callable[[], Path]) -> None:
     """Write the page of a run, or of several; what keeps it from being made does not undo them."""
+    from clipmill.train.held_out import Stopped
+
     try:
         console.say(f"page: {write()}")
+    except Stopped:
+        console.say(f"no page: told to stop, when all else was done; `pipeline report {folder}` makes it")
     except Exception as error:  # a full disk, or memory: whatever it is, what was trained is saved
         console.say(f"no page: {error or type(error).__name__}; `pipeline report {folder}` tries again")
 
