@@ -124,6 +124,10 @@ def test_shards_of_other_classes_or_another_rate_are_refused(trained, tmp_path):
 def test_a_folder_that_is_no_run_and_weights_of_another_model_are_named(folder, tmp_path):
     with pytest.raises(TrainError, match=r"holds no config\.json, so it is no run"):
         read_run(tmp_path, CPU)
+    with pytest.raises(
+        TrainError, match=rf"it is no run, but it holds some: .*; name one of them, such as {folder.parent}/"
+    ):
+        read_run(folder.parent, CPU)
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(TrainError, match=r"best\.safetensors: is not there; the run has not been evaluated"):

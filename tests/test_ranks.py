@@ -219,6 +219,16 @@ def test_a_rank_takes_a_device_of_its_own(monkeypatch):
             pass
 
 
+@pytest.mark.parametrize("value", ["abc", "0", "-1", ""])
+def test_an_environment_that_counts_no_ranks_is_named(monkeypatch, value):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with (
+        pytest.raises(ConfigError, match=f"^WORLD_SIZE={value}: allowed is a whole number from 1 up"),
+        joined_ranks("cpu"),
+    ):
+        pass
+
+
 def test_one_process_alone_exchanges_nothing():
     with joined_ranks("cpu") as (ranks, device):
         assert (ranks, device) == (Ranks(), "cpu")

@@ -148,7 +148,8 @@ def test_steps_replace_epochs_and_epochs_steps_wherever_they_stand(tmp_path):
     [
         ({"learning_rate": -1}, "--learning-rate -1: allowed is any number above 0"),
         ({"learning_rate": float("nan")}, "--learning-rate nan: allowed"),
-        ({"steps": 0}, "--steps 0: allowed is any whole number from 1 up"),
+        ({"steps": 0}, "--steps 0 and --epochs 0: allowed is any number above 0 for one of them"),
+        ({"epochs": 0.0}, "--steps 0 and --epochs 0: allowed is any number above 0 for one of them"),
         ({"batch_size": 0}, "--batch-size 0: allowed"),
         ({"crop_s": -1.0}, "--crop-s -1: allowed is 0 (whole clips) or any number of seconds"),
         (

@@ -330,6 +330,12 @@ def test_ranks_that_cannot_share_a_batch_are_told_before_anything_is_written(eas
         plan_of(easy, ranks=3)
 
 
+def test_a_crop_of_less_than_a_sample_is_not_taken_for_whole_clips(easy):
+    said = "--crop-s 1e-09: is no sample or frame long, at 16000 a second; allowed is 0 (whole clips) or 6e-05 and more"
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+        plan_of(easy, replace(TINY, crop_s=1e-9))
+
+
 def test_a_flag_that_kept_a_run_from_its_first_step_can_be_mended(easy, tmp_path):
     with pytest.raises(TrainError, match="the loss is nan"):
         train(plan_of(easy, replace(TINY, learning_rate=1e30)), tmp_path)

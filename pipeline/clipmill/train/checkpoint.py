@@ -29,6 +29,7 @@ from torch import Tensor
 from clipmill import tables
 from clipmill.errors import TableError, TrainError
 from clipmill.features import FrontEnd
+from clipmill.train.split import few
 from clipmill_models import ModelError, Tagger, create_model
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pt", "best.safetensors"
@@ -118,6 +119,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"name one of the runs in its {FUSION}"
         )
     if not (folder / CONFIG).is_file():
+        if runs := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
+            raise TrainError(
+                f"{folder}: holds no {CONFIG}, so it is no run, but it holds some: {few(runs)}; name one of them, such "
+                f"as {folder / runs[0]}"
+            )
         raise TrainError(
             f"{folder}: holds no {CONFIG}, so it is no run; `pipeline train --out {folder}` makes one"
         )

@@ -25,6 +25,7 @@ from clipmill.augment import (
     time_stretch,
     to_float,
 )
+from clipmill.errors import ConfigError
 from clipmill.features import FrontEnd, StoredFrontEnd
 from clipmill.loader import Batch, crop_places, draws
 from clipmill.train.ranks import Ranks
@@ -35,8 +36,18 @@ _USES = {"crop": 1, "stretch": 1, "pitch": 1, "snr": 1, "noise": 1, "partner": 1
 
 
 def crop_samples(recipe: Recipe, rate: int) -> int:
-    """Samples of a clip that a network learns from, at `rate` Hz; 0: all."""
-    return round(recipe.crop_s * rate)
+    """Samples of a clip that a network learns from, at `rate` Hz; 0: all.
+
+    Raises:
+        ConfigError: the crop is shorter than a sample.
+    """
+    samples = round(recipe.crop_s * rate)
+    if recipe.crop_s and not samples:
+        raise ConfigError(
+            f"--crop-s {recipe.crop_s:g}: is no sample or frame long, at {rate} a second; allowed is 0 (whole clips) "
+            f"or {1 / rate:.1g} and more"
+        )
+    return samples
 
 
 def read_samples(recipe: Recipe, rate: int) -> int:

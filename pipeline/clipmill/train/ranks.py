@@ -130,10 +130,11 @@ def joined_ranks(device: str) -> Iterator[tuple[Ranks, str]]:
         Who this is, and its device: "auto" and "cuda" become the GPU of its own where there are several ranks.
 
     Raises:
-        ConfigError: one device for all ranks, or fewer devices than ranks on this machine.
+        ConfigError: one device for all ranks, or fewer devices than ranks on this machine; or the environment does not
+            say who this is.
         TrainError: another rank has ended, or does not answer.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = _told("WORLD_SIZE", 1, least=1)
     if count == 1:
         yield Ranks(), device
         return
@@ -146,7 +147,7 @@ def joined_ranks(device: str) -> Iterator[tuple[Ranks, str]]:
             f"WORLD_SIZE is {count}, and the environment lacks {', '.join(lacking)}: start the ranks by torchrun, or "
             "unset WORLD_SIZE to train alone"
         )
-    rank = int(os.environ["RANK"])
+    rank = _told("RANK")
     try:
         store, rank, count = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
@@ -176,7 +177,18 @@ def launch() -> str | None:
 
 def restarts() -> int:
     """How often torchrun has started this machine's ranks anew."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _told("TORCHELASTIC_RESTART_COUNT")
+
+
+def _told(name: str, otherwise: int = 0, *, least: int = 0) -> int:
+    """What the environment says of the ranks."""
+    value = os.environ.get(name, str(otherwise))
+    if not value.isdecimal() or int(value) < least:
+        raise ConfigError(
+            f"{name}={value}: allowed is a whole number from {least} up, as torchrun says it; without WORLD_SIZE a run "
+            "trains alone"
+        )
+    return int(value)
 
 
 def _device_of_rank(device: str, count: int) -> str:
@@ -185,7 +197,7 @@ def _device_of_rank(device: str, count: int) -> str:
             f"--device {device}: each of {count} ranks takes a GPU of its own; --device cuda, or leave it away"
         )
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    local, here = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    local, here = _told("LOCAL_RANK"), _told("LOCAL_WORLD_SIZE")
     if device == "cpu" or (device == "auto" and not found):
         return "cpu"
     if local >= found:

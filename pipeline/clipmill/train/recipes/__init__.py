@@ -139,7 +139,7 @@ class Recipe:
         if self.steps and self.epochs:
             raise ConfigError(f"--steps {self.steps} and --epochs {self.epochs:g}: allowed is one of them")
         if not (self.steps or self.epochs):
-            raise ConfigError(f"{flag('steps')} {self.steps}: allowed is any whole number from 1 up")
+            raise ConfigError("--steps 0 and --epochs 0: allowed is any number above 0 for one of them")
         ranges = {
             "learning_rate": (0, math.inf, "any number above 0"),
             "epochs": (-1, math.inf, "any number above 0"),
