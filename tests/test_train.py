@@ -395,6 +395,26 @@ def test_clips_held_out_that_cannot_be_read_end_a_run_only_when_it_is_saved_and_
     assert {row["step"] for row in bad} == {2, 4}
 
 
+def test_a_run_that_loses_too_many_clips_to_learn_from_saves_the_step_it_stands_at(easy, tmp_path):
+    where = Path(shutil.copytree(easy, tmp_path / "shards"))
+    shards, recipe = Shards.open(where), replace(TINY, steps=9, batch_size=2, eval_every=9)
+    order = plan_of(where, recipe, fold=1)
+    fourth, fifth = (order.sampler.rows(np.array([position]))[0] for position in (8, 10))
+    learnt = np.flatnonzero(shards.folds != 1)
+    for row in learnt[[fourth, fifth]].tolist():
+        shard, offset, length = (shards.columns[name][row].as_py() for name in ("shard", "offset", "length"))
+        with open(where / shard, "r+b") as file:
+            file.seek(offset + length // 2)
+            file.write(bytes(50))
+    with pytest.raises(ShardError, match="2 of 18 clips cannot be read"):
+        train(order, tmp_path / "run")
+    assert 0 < read_last(tmp_path / "run")["step"] <= 5
+    plan = plan_of(where, recipe, fold=1, feed=Feed(max_bad=0.5))
+    said: list[str] = []
+    assert train(plan, tmp_path / "run", resume=True, say=said.append).done
+    assert any("going on from step" in line for line in said)
+
+
 def test_a_run_is_resumed_and_scored_with_the_shards_that_it_was_begun_with_alone(easy, tmp_path):
     first, second = (str(easy / f"easy-all-00000{number}.tar") for number in (0, 1))
     recipe = replace(TINY, steps=2)
@@ -439,7 +459,7 @@ def test_the_command_ends_bad_usage_with_one_line_and_its_code(easy, tmp_path, h
     wrong = here("train", "--shards", easy, "--steps", "0")
     assert (wrong.returncode, wrong.stderr.strip()) == (
         2,
-        "error: --steps 0: allowed is any whole number from 1 up",
+        "error: --steps 0 and --epochs 0: allowed is any number above 0 for one of them",
     )
     absent = here("train", "--shards", easy, "--fold", "9", "--out", tmp_path / "x")
     assert absent.returncode == 1

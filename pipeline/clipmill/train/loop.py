@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmill import tables
+from clipmill.errors import ShardError
 from clipmill.loader import Bad, Batch, Damage, Digest, check_bad
 from clipmill.train import checkpoint
 from clipmill.train.compiling import compiling
@@ -121,7 +122,13 @@ def _learn(
     best, last = so_far.best, so_far.last  # figures of evaluations
     stopping = saving = False  # told to stop; at one of the steps of `save_every`
     account, saved_at = Damage(len(plan.clips), plan.feed.max_bad), time.monotonic()
+
+    def save() -> None:
+        if ranks.first:
+            checkpoint.save_last(out, {"step": step, "best": best, "last": last, **learner.state()})
+
     with (
+        _saved_at_a_loss(lambda: save() if step > start else None),
         _telling(found, log),
         closing(batches_of(plan, ranks, start, found.append, log.batch if log_batches else None)) as batches,
     ):
@@ -130,8 +137,8 @@ def _learn(
             unread: list[Bad] = []
             evaluated = False
             if _evaluation_due(recipe, step, last) and not stopping:
-                if ranks.first and step > start and time.monotonic() - saved_at > WORTH_SAVING_S:
-                    checkpoint.save_last(out, {"step": step, "best": best, "last": last, **learner.state()})
+                if step > start and time.monotonic() - saved_at > WORTH_SAVING_S:
+                    save()
                 try:
                     figures, unread = score_held_out(
                         learner.ema.module, learner.features, held_out, plan.config, plan.device, plan.feed, ranks, stop
@@ -146,10 +153,10 @@ def _learn(
                         if ranks.first:
                             checkpoint.save_best(out, learner.ema.module.state_dict(), step=step)
                     meter.rest()
-            if ranks.first and (evaluated or saving or (stopping and step > start)):
-                checkpoint.save_last(out, {"step": step, "best": best, "last": last, **learner.state()})
+            if evaluated or saving or (stopping and step > start):
+                save()
                 saved_at = time.monotonic()
-            if unread:  # now that nothing is lost by it
+            if unread:
                 check_bad(unread, len(held_out), plan.feed.max_bad)
             if step > start:
                 update(step, meter.facts(last))
@@ -212,6 +219,16 @@ def _too_much(plan: Plan, ranks: Ranks) -> str:
     each = "each step" if ranks.count == 1 else f"each step of each of {ranks.count} ranks"
     what = f"{own} clip{'s' * (own > 1)} of {'' if recipe.crop_s else 'up to '}{seconds:g} s in {each}"
     return f"{what}; each of these takes less: {', '.join(mend for mend, helps in mends.items() if helps)}"
+
+
+@contextmanager
+def _saved_at_a_loss(save: Callable[[], None]) -> Iterator[None]:
+    """Where more clips are lost than may be, save first: --resume with a higher --max-bad goes on from there."""
+    try:
+        yield
+    except ShardError:
+        save()
+        raise
 
 
 @contextmanager
