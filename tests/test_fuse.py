@@ -570,7 +570,9 @@ def test_of_runs_that_held_out_different_clips_it_is_said_which_to_score(runs, w
     assert json.loads((tmp_path / "f" / "fusion.json").read_text())["weights"] == [0.75, 0.25]
     done = here("evaluate", tmp_path / "f", *asked)
     assert (done.returncode, "its runs held out different clips; say which" in done.stderr) == (1, True)
-    assert here("evaluate", tmp_path / "f", *asked, "--fold", 2).returncode == 0
+    for fold, told in ((2, False), (4, True)):  # both learnt from 4
+        done = here("evaluate", tmp_path / "f", *asked, "--fold", fold)
+        assert (done.returncode, "learnt from 6 of the 6 clips of fold 4" in done.stderr) == (0, told)
 
 
 def test_the_shortest_hearing_of_the_runs_is_that_of_the_fused_model(runs):

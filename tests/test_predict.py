@@ -370,6 +370,22 @@ def test_evaluate_prints_every_figure_as_json(folder, where, capsys):
     assert figures["model"] == TINY.model
 
 
+def test_evaluate_says_where_the_run_learnt_from_the_clips(folder, where, capsys):
+    flags = ("--shards", where, "--device", "cpu", "--json")
+    _, out, err = by_command(evaluate_command, folder, *flags, capsys=capsys)
+    held_out = json.loads(out)
+    assert (held_out["learnt_from"], "note: " in err) == (0, False)
+    fold = 1 if held_out["scored"] != "fold 1" else 2
+    code, out, err = by_command(evaluate_command, folder, *flags, "--fold", fold, capsys=capsys)
+    figures = json.loads(out)
+    clips = figures["clips"]
+    assert (code, figures["learnt_from"]) == (0, clips)
+    assert (
+        f"note: {folder} learnt from {clips} of the {clips} clips of fold {fold}, so these figures flatter it"
+        in err
+    )
+
+
 @pytest.fixture
 def media(tmp_path: Path) -> Path:
     """A folder of two sound files, one with a name in Latin-1, and one that is none."""

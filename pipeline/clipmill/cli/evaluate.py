@@ -63,6 +63,11 @@ def command(
             trained, shards, place, fold=fold, split=split, where=keep, feed=feed, update=update,
             tell=lambda bad: console.say(str(bad)),
         )  # fmt: skip
+    if learnt := figures["learnt_from"]:
+        console.say(
+            f"note: {run} learnt from {learnt} of the {clips} clips of {figures['scored']}, so these figures "
+            "flatter it; choose others with --fold or --split"
+        )
     if as_json:
         console.print_json(figures)
     else:

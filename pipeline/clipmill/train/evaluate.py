@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 from torch import nn
 
 from clipmill.augment import to_float
-from clipmill.errors import ShardError, TrainError
+from clipmill.errors import ConfigError, ShardError, TrainError
 from clipmill.loader import Bad, Feed, WholeClips, check_bad
 from clipmill.loader.batches import Batch
 from clipmill.shards.read import Shards
-from clipmill.train.checkpoint import Described, Run
+from clipmill.train.checkpoint import Described, Run, read_config
 from clipmill.train.device import SECONDS_AT_ONCE
 from clipmill.train.lengths import check_heard
 from clipmill.train.metrics import confusions, main_figure, measure_scores
 from clipmill.train.objective import clip_loss, probabilities
 from clipmill.train.sees import front_end_of
-from clipmill.train.split import held_out_again, labelled
+from clipmill.train.split import held_out_again, labelled, learnt_from
 from clipmill.train.timing import within_memory
 
 T = TypeVar("T")
@@ -207,8 +207,9 @@ def evaluate_run(
 
     The clips are those that the run held out, or those of `fold` and `split` (both: those of both).
     `where` is an expression as `Shards.where` takes it, and leaves only the clips that fulfil it; without
-    it, those held out are the ones that fulfil the run's own. `unread` in what comes back counts the clips
-    that could not be read, which no figure is of; `tell` hears of each.
+    it, those held out are the ones that fulfil the run's own. What comes back counts under
+    `learnt_from` those of the clips that the run learnt from, so that the figures flatter it (None: not known), and
+    under `unread` those that could not be read, which no figure is of; `tell` hears of each.
 
     Raises:
         ConfigError: `where` cannot be read.
@@ -255,6 +256,7 @@ def evaluate_clips(
         "model": run.config["model"],
         "shards": shards.place,
         "scored": what,
+        "learnt_from": _learnt_among(run, shards, rows),
         "unread": len(scored.unread),
         "unread_clips": [asdict(bad) for bad in scored.unread],
         "loss": scored.loss,
@@ -263,6 +265,20 @@ def evaluate_clips(
         **figures,
     }
     return Evaluation(found, _hardest(run, shards, rows, scored, targets, hardest))
+
+
+def _learnt_among(run: Described, shards: Shards, rows: NDArray[np.int64]) -> int | None:
+    """How many of these clips the run, or any run of a fused model, learnt from; None where that cannot be told."""
+    members = [
+        read_config((run.folder / member["run"]).resolve()) for member in run.config.get("members", ())
+    ]
+    learnt = np.zeros(len(rows), bool)
+    try:
+        for config in members or [run.config]:
+            learnt |= learnt_from(shards, config)[rows]
+    except ConfigError:  # these shards lack a column by which the run chose its clips
+        return None
+    return int(learnt.sum())
 
 
 def _hardest(
