@@ -632,6 +632,13 @@ def test_stripes_are_at_most_an_eighth_of_the_picture(easy):
 # From other weights
 
 
+def test_weights_that_know_the_clips_held_out_are_said_to(easy, taught):
+    fold = json.loads((taught / "config.json").read_text())["held_out"]["value"]
+    assert not any("learnt from" in note for note in plan_of(easy, fold=fold, init=taught).notes)
+    other = plan_of(easy, fold=1 + fold % 4, init=taught)
+    assert f"{taught} learnt from 6 of the 6 clips held out here" in other.notes[1]
+
+
 def test_a_run_begins_with_the_weights_that_it_is_given_and_says_what_came_over(easy, taught, tmp_path):
     plan = plan_of(easy, replace(TINY, steps=1, learning_rate=1e-12), init=taught)
     assert plan.notes[0].startswith(

@@ -17,12 +17,13 @@ from clipmill.featurestore import StoredClips
 from clipmill.loader import NO_PROMISE, Feed, Sampler, rank_positions
 from clipmill.shards.read import Shards
 from clipmill.stores import Store
+from clipmill.train.checkpoint import CONFIG, read_config
 from clipmill.train.lengths import check_heard
 from clipmill.train.objective import choose_loss
 from clipmill.train.prepare import crop_samples
 from clipmill.train.recipes import Recipe
 from clipmill.train.sees import front_end_of
-from clipmill.train.split import Split, choose_split, few
+from clipmill.train.split import Split, choose_split, few, learnt_from
 from clipmill.train.transfer import began_with, features_of, initialise
 from clipmill_models import ModelError, Tagger, create_model, outline_model
 
@@ -159,10 +160,10 @@ def plan_run(
         "versions": {"clipmill": __version__, "torch": torch.__version__, "numpy": np.__version__},
     }
     crop = crop_samples(recipe, shards.sample_rate)
-    learnt_from = crop or int(clips.samples.max())
+    longest = crop or int(clips.samples.max())
     what = "the crop" if crop else "the longest clip to train on"
     sees = front_end_of(shards, features.config)
-    check_heard(network, sees, learnt_from, what, "--crop-s {most:g} cuts clips to that")
+    check_heard(network, sees, longest, what, "--crop-s {most:g} cuts clips to that")
     check_heard(network, sees, int(shards.samples[split.held_out].max()), "the longest clip held out")
     notes = [f"{len(split.train)} clips to train on, {len(split.held_out)} held out: {split.why}"]
     notes += _unlearnable(shards, split, allow_missing)
@@ -189,8 +190,8 @@ def plan_run(
         return replace(plan, config={**config, "init": origin})
     transferred, origin = initialise(network, init, shards.labels, loss)
     _check_features(init, features)
-    note = f"weights of {init}: {'; '.join(transferred.lines())}"
-    return replace(plan, config={**config, "init": origin}, notes=(note, *notes))
+    first = [f"weights of {init}: {'; '.join(transferred.lines())}", *_learnt_before(init, shards, split)]
+    return replace(plan, config={**config, "init": origin}, notes=(*first, *notes))
 
 
 def create_network(
@@ -245,6 +246,20 @@ def _feature(shards: Shards, recipe: Recipe) -> tuple[Feature | None, int]:
             f"{mend}, or train from sound: --shards SHARDS --feature {feature.NAME} without --features"
         )
     return feature, int(feature.config["sample_rate"])
+
+
+def _learnt_before(init: Path, shards: Shards, split: Split) -> list[str]:
+    """A note where the weights to start from know clips that are held out here."""
+    if not (init / CONFIG).is_file():
+        return []
+    try:
+        learnt = int(learnt_from(shards, read_config(init))[split.held_out].sum())
+    except ConfigError:  # these shards lack a column by which that run chose its clips
+        return []
+    return [
+        f"{init} learnt from {learnt} of the {len(split.held_out)} clips held out here, so the figures will flatter "
+        "this run; hold out the same fold in both"
+    ] * (learnt > 0)
 
 
 def _check_features(init: Path, features: FrontEnd) -> None:
