@@ -317,7 +317,7 @@ def test_weights_that_know_another_log_mel_are_not_gone_on_from(easy, tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     exported = tmp_path / "source.safetensors"
     export_run(read_run(source, CPU), "safetensors", exported)
-    for init in (source, exported):
+    for init in (source, source / "best.safetensors", exported):
         said = f"{re.escape(str(init))}: was trained on another logmel .*sample_rate 44100 and not 16000"
         with pytest.raises(TrainError, match=f"^{said}.*`pipeline shard --sample-rate 44100` makes shards"):
             plan_of(easy, init=init)

@@ -131,9 +131,13 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _said_by(source: Path) -> dict[str, Any]:
-    """What a run's config.json says, or the header of a file that `pipeline export` made of one; else nothing."""
-    if (source / CONFIG).is_file():
-        return read_config(source)
+    """What a run's config.json says, or the header of a file that `pipeline export` made of one; else nothing.
+
+    The run may be given by its folder or by its weights.
+    """
+    folder = source.parent if source.name in (BEST, LAST) else source
+    if (folder / CONFIG).is_file():
+        return read_config(folder)
     if source.suffix == ".safetensors" and source.is_file():
         return _safetensors(source, with_tensors=False)[1]
     return {}
