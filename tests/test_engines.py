@@ -54,6 +54,14 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
 @pytest.fixture(scope="module", autouse=True)
 def importable() -> Iterator[None]:
     """Workers import `units`, as they import clipmill: from what is installed for them."""
@@ -80,6 +88,7 @@ def dask_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             subprocess.Popen([sys.executable, "-m", "dask", *each], cwd=folder, stdout=log, stderr=log)
             for each in commands
         ]
+        until(lambda: answers(int(port)))
         yield address
         for process in reversed(started):
             process.terminate()
