@@ -8,15 +8,19 @@ Names are case-insensitive. A new family is one file and one line in `FAMILIES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from clipmill_models.ast import Ast
-from clipmill_models.base import ModelError, Printed, Tagger, check_positive, count_parameters, multiply_adds
+from clipmill_models.base import (
+    ModelError,
+    PassedOver,
+    Printed,
+    Tagger,
+    check_positive,
+    count_parameters,
+    multiply_adds,
+)
 from clipmill_models.eat import Eat
 from clipmill_models.erann import Erann
 from clipmill_models.panns import Cnn14, ResNet38, WavegramLogmelCnn
@@ -98,19 +102,9 @@ def create_model(name: str, num_classes: int, in_bins: int | None = None) -> Tag
 
 def outline_model(name: str, num_classes: int, in_bins: int | None = None) -> Tagger:
     """`create_model` on the meta device: the shapes of a network at once, without its memory and its weights."""
-    with torch.device("meta"), _NoDraws():
+    with torch.device("meta"), PassedOver(_DRAWS):
         return create_model(name, num_classes, in_bins)
 
 
-class _NoDraws(TorchFunctionMode):
-    """Leaves out the drawing of weights, which on the meta device takes seconds and comes to nothing."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func in _DRAWS:
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-_DRAWS = {Tensor.normal_, Tensor.uniform_, Tensor.erfinv_}  # the last one stands in truncated normals
+# Drawing weights takes seconds on the meta device and comes to nothing; the last one stands in truncated normals.
+_DRAWS = {Tensor.normal_, Tensor.uniform_, Tensor.erfinv_}

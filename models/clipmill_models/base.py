@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, ClassVar
@@ -173,7 +173,7 @@ def multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     model.eval()
     try:
         # With gradients on, torch's transformer layers take their open path; the fused one hides its products.
-        with torch.enable_grad(), _Passed(), FlopCounterMode(display=False) as counter:
+        with torch.enable_grad(), PassedOver(_FREE), FlopCounterMode(display=False) as counter:
             torch.func.functional_call(model, on_meta, (torch.empty(1, *input_shape, device="meta"),))
     finally:
         for layer, training in modes.items():
@@ -181,17 +181,22 @@ def multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     return counter.get_total_flops() // 2 + once
 
 
-class _Passed(TorchFunctionMode):
-    """Passes over what is free and keeps the shape, of which the meta device makes more work than of all the rest."""
+class PassedOver(TorchFunctionMode):
+    """A context in which some functions give back their first argument: on the meta device they do but take time."""
+
+    def __init__(self, functions: Collection[Any]) -> None:
+        super().__init__()
+        self._functions = functions
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in _FREE and args:
+        if func in self._functions and args:
             return args[0]
         return func(*args, **(kwargs or {}))
 
 
+# Of all that is free what keeps the shape, and of which the meta device makes more work than of all the rest.
 _FREE = {functional.batch_norm, functional.leaky_relu, functional.relu}
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)

@@ -17,14 +17,13 @@ from clipmill.featurestore import StoredClips
 from clipmill.loader import NO_PROMISE, Feed, Sampler, rank_positions
 from clipmill.shards.read import Shards
 from clipmill.stores import Store
-from clipmill.train.checkpoint import CONFIG, read_config
 from clipmill.train.lengths import check_heard
 from clipmill.train.objective import choose_loss
 from clipmill.train.prepare import crop_samples
 from clipmill.train.recipes import Recipe
 from clipmill.train.sees import front_end_of
 from clipmill.train.split import Split, choose_split, few, learnt_from
-from clipmill.train.transfer import began_with, features_of, initialise
+from clipmill.train.transfer import began_with, features_of, initialise, said_by
 from clipmill_models import ModelError, Tagger, create_model, outline_model
 
 
@@ -250,10 +249,11 @@ def _feature(shards: Shards, recipe: Recipe) -> tuple[Feature | None, int]:
 
 def _learnt_before(init: Path, shards: Shards, split: Split) -> list[str]:
     """A note where the weights to start from know clips that are held out here."""
-    if not (init / CONFIG).is_file():
+    said = said_by(init)
+    if "held_out" not in said:  # no run of ours, or a file exported from one
         return []
     try:
-        learnt = int(learnt_from(shards, read_config(init))[split.held_out].sum())
+        learnt = int(learnt_from(shards, said)[split.held_out].sum())
     except ConfigError:  # these shards lack a column by which that run chose its clips
         return []
     return [

@@ -82,7 +82,7 @@ def model_of(source: Path) -> str | None:
     Raises:
         TrainError: the run's config or the file is damaged.
     """
-    return _said_by(source).get("model")
+    return said_by(source).get("model")
 
 
 def features_of(source: Path) -> dict[str, Any] | None:
@@ -91,7 +91,7 @@ def features_of(source: Path) -> dict[str, Any] | None:
     Raises:
         TrainError: the run's config or the file is damaged.
     """
-    found = _said_by(source).get("features")
+    found = said_by(source).get("features")
     return found if isinstance(found, dict) else None
 
 
@@ -130,7 +130,7 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, {"from": str(path), "sha256": digest, "bytes": size, "weights": weights, **about}
 
 
-def _said_by(source: Path) -> dict[str, Any]:
+def said_by(source: Path) -> dict[str, Any]:
     """What a run's config.json says, or the header of a file that `pipeline export` made of one; else nothing.
 
     The run may be given by its folder or by its weights.
